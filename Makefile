@@ -1,0 +1,51 @@
+# make setup | test | speedrun | check. Override: PYTHON, VENV, TRACK, SEEDS, OPTIMS.
+PYTHON ?= python3
+VENV ?= .venv
+TRACK ?= sotu
+SEEDS ?= 3
+OPTIMS ?= adamw muon
+RECORDS ?= records
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup setup-test test test-fast speedrun check format clean
+
+setup: $(VENV)/.installed
+
+setup-test: $(VENV)/.installed-test
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+test: setup-test
+	$(BIN)/python -m pytest
+
+test-fast: setup-test
+	$(BIN)/python -m pytest -m "not slow"
+
+speedrun: setup
+	$(BIN)/nanorun prepare-data $$($(BIN)/python -c "from nanorun.tracks import load_track as t; print(t('$(TRACK)').fixed['data']['corpus'])")
+	@set -e; since=$$(date -u +%Y-%m-%dT%H:%M:%S); \
+	for optim in $(OPTIMS); do \
+		$(BIN)/nanorun train --track $(TRACK) --optim $$optim --seeds $(SEEDS) --records $(RECORDS); \
+	done; \
+	$(BIN)/nanorun report --track $(TRACK) --records $(RECORDS) --since $$since
+
+check: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+format: setup-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,205 @@
+"""The command line: parse, import, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from nanorun.errors import RunFailed, Stopped, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="nanorun",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Which way of training a small language model is fastest, and how sure is that.\n\n"
+    "First steps: nanorun prepare-data; nanorun train; nanorun report",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DataDir = Annotated[Path, typer.Option("--data", help="Folder of prepared data.")]
+RecordsDir = Annotated[Path, typer.Option("--records", help="Folder of records.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
+
+
+@app.command("prepare-data", epilog="Example: nanorun prepare-data text --input notes/ --tokenizer byte")
+def prepare_data(
+    corpus: Annotated[str, typer.Argument(help="sotu, shakespeare or text.")] = "sotu",
+    inputs: Annotated[
+        list[str] | None, typer.Option("--input", help="File or folder of .txt and .md, - for stdin.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="byte, char or gpt2; the corpus has a default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the shards.")] = None,
+    data: DataDir = Path("data"),
+    workers: Annotated[int, typer.Option(min=1, help="Threads of the gpt2 tokenizer.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a corpus into token shards that train reads."""
+    from nanorun.data.show import prepare_and_show
+
+    summary = prepare_and_show(
+        corpus,
+        out=out,
+        root=data,
+        tokenizer=tokenizer,
+        inputs=inputs or [],
+        workers=workers,
+        console=_console(as_json),
+    )
+    _print_json(summary, as_json)
+
+
+@app.command(
+    epilog="Example: nanorun train --track sotu --optim adamw --seeds 3 --set optim.default.lr=0.003"
+)
+def train(
+    track: Annotated[str | None, typer.Option(help="The competition; see configs/.")] = None,
+    optim: Annotated[str | None, typer.Option(help="A preset: a config's name under the track.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The first seed.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to train, one after the other.")] = 1,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    compile: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help="torch.compile.")] = None,
+    checkpoint_activations: Annotated[
+        Literal["none", "block"] | None, typer.Option(help="Trade time for memory.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A run's folder: go on from its newest checkpoint.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    data: DataDir = Path("data"),
+    records: RecordsDir = Path("records"),
+    wandb: Annotated[Literal["off", "offline", "online"], typer.Option(help="Log to wandb as well.")] = "off",
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Write a record of the finished run.")
+    ] = True,
+    stop_at_target: Annotated[
+        bool, typer.Option("--stop-at-target", help="End at the target; does not count.")
+    ] = False,
+    require_target: Annotated[
+        bool, typer.Option("--require-target", help="Exit with 1 if the target is missed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train to the target validation loss and write a record."""
+    from nanorun.training.run import resume_run, train_seeds
+
+    console = _console(as_json)
+    if resume is not None:
+        _print_json(resume_run(resume, console), as_json)
+        return
+    places: dict[str, Any] = {
+        "runs": runs,
+        "data": data,
+        "records": records,
+        "device": device,
+        "wandb": wandb,
+    }
+    behaviour = {"record": record, "stop_at_target": stop_at_target, "require_target": require_target}
+    flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
+    changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
+    results = train_seeds(track, optim, changes, seed, seeds, {**places, **behaviour}, console)
+    _print_json(results[0] if seeds == 1 else {"runs": results}, as_json)
+
+
+@app.command(epilog="Example: nanorun report --track sotu --format markdown")
+def report(
+    track: Annotated[str | None, typer.Option(help="One track; all that have records without it.")] = None,
+    format: Annotated[
+        Literal["table", "markdown", "csv", "json"], typer.Option(help="How to print it.")
+    ] = "table",
+    out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
+    records: RecordsDir = Path("records"),
+    since: Annotated[
+        str | None, typer.Option(help="Only records from this day or time on (UTC, ISO 8601).")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="Only machines whose name contains this.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the records table: who reaches the target soonest, and how sure that is."""
+    from nanorun.records.show import report_text
+
+    form = "json" if as_json else format
+    text = report_text(
+        records, track=track, form=form, since=since, hardware=hardware, console=_console(False)
+    )
+    _write_out(text, out)
+
+
+@app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+) -> None:
+    """Let a trained model write."""
+    from nanorun.sample import sample as write
+
+    typer.echo(write(run, prompt=prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+@app.command(epilog="Example: nanorun doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do and what is missing, with the mend."""
+    from nanorun.doctor import examine
+
+    findings = examine(Path("."))
+    if as_json:
+        _print_json({"findings": [one._asdict() for one in findings]}, True)
+        return
+    for one in findings:
+        typer.echo(f"{'ok  ' if one.ok else 'MEND'}  {one.topic:<16} {one.found}")
+        if one.mend:
+            typer.echo(f"{'':22} -> {one.mend}")
+
+
+def main() -> None:
+    """Run the command line; errors of the user's end in one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _end(f"error: {error}", 2)
+    except RunFailed as error:
+        _end(f"failed: {error}", 1)
+    except Stopped as stopped:
+        _end(str(stopped), 75)
+    except OSError as error:
+        _end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
+
+
+def _end(text: str, code: int) -> None:
+    from nanorun.errors import printable
+
+    print(f"nanorun: {printable(text)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _console(as_json: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def _print_json(document: Any, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _write_out(text: str, out: Path | None) -> None:
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")

@@ -1,0 +1,247 @@
+"""What a run is: a frozen, strict RunConfig, read from a track, a preset and `--set key=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nanorun.errors import UserError, nearest
+from nanorun.tables import merged, nested, parse_setting, read_toml
+from nanorun.tracks import Track, preset_names
+
+ARCH_SWITCHES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "norm": "layernorm",
+        "positions": "learned",
+        "activation": "gelu",
+        "bias": True,
+        "qk_norm": False,
+        "tied_head": True,
+        "zero_init_projections": False,
+        "logit_softcap": 0.0,
+    },
+    "modern": {
+        "norm": "rmsnorm",
+        "positions": "rotary",
+        "activation": "relu2",
+        "bias": False,
+        "qk_norm": True,
+        "tied_head": False,
+        "zero_init_projections": True,
+        "logit_softcap": 15.0,
+    },
+}
+"""What each `arch` sets; every switch can be set by itself too."""
+
+ROLES = ("embedding", "head", "matrix", "vector")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataConfig(_Strict):
+    corpus: str
+    """Name of a source under nanorun/data/sources."""
+    tokenizer: str
+    """`byte`, `char` or `gpt2`."""
+
+
+class ModelConfig(_Strict):
+    """The shape of the network; see nanorun/model.py for what each switch does."""
+
+    arch: Literal["gpt2", "modern"] = "modern"
+    """Sets the switches below that are not set by themselves."""
+    n_layer: int = Field(4, ge=1)
+    n_head: int = Field(4, ge=1)
+    n_embd: int = Field(128, ge=1)
+    """Width of the residual stream; a multiple of n_head."""
+    context_len: int = Field(256, ge=1)
+    """Tokens of a training row and of a validation window."""
+    mlp_ratio: int = Field(4, ge=1)
+    """Hidden width of the MLP over n_embd."""
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    positions: Literal["learned", "rotary"] = "rotary"
+    activation: Literal["gelu", "relu2"] = "relu2"
+    bias: bool = False
+    qk_norm: bool = True
+    tied_head: bool = False
+    zero_init_projections: bool = True
+    logit_softcap: float = Field(15.0, ge=0)
+    """Logits are cap·tanh(logits/cap); 0 turns it off."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rotary_base: float = Field(10000.0, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_switches(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return {**ARCH_SWITCHES.get(str(values.get("arch", "modern")), {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _head_divides_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if self.positions == "rotary" and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
+        return self
+
+
+class TrainConfig(_Strict):
+    steps: int = Field(200, ge=1)
+    """Optimizer steps: the declared last step."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens per optimizer step, all ranks together; a multiple of context_len."""
+    micro_batch_rows: int = Field(0, ge=0)
+    """Rows of one forward pass on one rank; 0 lets the machine decide."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    warmup_steps: int = Field(0, ge=0)
+    cooldown_fraction: float = Field(0.4, ge=0, le=1)
+    """Share of the steps over which `wsd` falls."""
+    final_scale: float = Field(0.0, ge=0, le=1)
+    """Scale of the learning rate after the last step."""
+    grad_clip: float = Field(0.0, ge=0)
+    """Largest norm of all gradients together; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_master"] = "auto"
+    """`auto`: fp32 on CPU, bf16 autocast on CUDA. `bf16_master`: bf16 weights with fp32 master copies."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    checkpoint_activations: Literal["none", "block"] = "none"
+
+
+class ValidationConfig(_Strict):
+    tokens: int = Field(0, ge=0)
+    """Validation tokens from the start of the split; 0 takes all."""
+    every_steps: int = Field(20, ge=0)
+    """Steps between validations; 0 validates after the last step alone."""
+    from_step: int = Field(0, ge=0)
+    """The first step that may be validated, the last step aside."""
+    stride: int = Field(0, ge=0)
+    """Tokens predicted by a window; 0 means context_len. Smaller gives each token more context."""
+
+
+class CheckpointConfig(_Strict):
+    every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves after the last step and on a signal alone."""
+    keep: int = Field(2, ge=1)
+
+
+class LogConfig(_Strict):
+    every_steps: int = Field(10, ge=1)
+    """Steps between metrics rows; on CUDA each costs a synchronisation."""
+
+
+class RunConfig(_Strict):
+    track: str
+    name: str
+    """The preset's name, and the row's in the report."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    optim: dict[str, dict[str, Any]]
+    """Role (or `default`) to `name` and options of its optimizer."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.train.batch_tokens % self.model.context_len:
+            raise ValueError(
+                f"train.batch_tokens = {self.train.batch_tokens} is not a multiple of "
+                f"model.context_len = {self.model.context_len}"
+            )
+        if self.validation.stride > self.model.context_len:
+            raise ValueError(
+                f"validation.stride = {self.validation.stride} is above "
+                f"model.context_len = {self.model.context_len}"
+            )
+        if self.train.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.train.warmup_steps} is above train.steps = {self.train.steps}"
+            )
+        unknown = set(self.optim) - {*ROLES, "default"}
+        if unknown:
+            raise ValueError(f"optim.{sorted(unknown)[0]}: the roles are {', '.join(ROLES)} and default")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.train.batch_tokens // self.model.context_len
+
+    @property
+    def optim_by_role(self) -> dict[str, dict[str, Any]]:
+        """The optimizers by role; a role without a `name` of its own takes what `default` says beneath."""
+        default = self.optim.get("default", {})
+        return {
+            role: dict(options) if "name" in options else {**default, **options}
+            for role, options in self.optim.items()
+        }
+
+
+def make_config(values: Mapping[str, Any], *, where: str) -> RunConfig:
+    """Return the RunConfig of nested tables.
+
+    `where` names the files and options that the values came from, for the message.
+    Raises UserError naming each wrong key, its value and what was wanted.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explained(one) for one in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key that a config may hold, the optimizers' own options aside."""
+    return list(_leaves(RunConfig))
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _leaves(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _explained(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"there is no key {key!r}.{nearest(key, known_keys())}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
+    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any) -> RunConfig:
+    """Return the config of a preset under a track, with `--set` settings and top-level values over it.
+
+    Raises UserError for an unknown preset, a bad setting, or a contradiction of a fixed key.
+    """
+    known = preset_names(track)
+    if preset not in known:
+        raise UserError(
+            f"no preset {preset!r} under track {track.name!r}; there are {', '.join(known)}.{nearest(preset, known)}"
+        )
+    path = track.folder / f"{preset}.toml"
+    changes = [parse_setting(text) for text in settings]
+    for key, _ in changes:
+        if key in ("track", "name"):
+            raise UserError(f"--set {key}: use --track or --optim")
+    values = merged(
+        track.fixed, read_toml(path), nested(changes), {"track": track.name, "name": preset, **top}
+    )
+    where = str(path) + (f" with --set {' '.join(settings)}" if settings else "")
+    config = make_config(values, where=where)
+    track.check(config.model_dump())
+    return config

@@ -1,0 +1,236 @@
+"""Shards of tokens on disk, and the manifest that says what they are.
+
+A shard is 256 little-endian int32 (20240520, 1, token count, zeros) and then uint16 tokens: what llm.c and
+modded-nanogpt read and write. `manifest.json` beside the shards names corpus, tokenizer and source, and for
+each shard its tokens, bytes of text, documents and sha256. It holds neither dates nor paths, so its own
+sha256 is the identity of a prepared corpus on any machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanorun.errors import UserError
+
+MAGIC = 20240520
+SHARD_VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+PREPARE_AGAIN = "delete the folder and run `nanorun prepare-data` again"
+
+Tokens = npt.NDArray[np.uint16]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `path` at the end, whole or not at all; a full disk is a `UserError`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the error of a file that could not be written, a full disk told apart."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{path}: the disk is full; nothing half-written was left. Free some space or choose another "
+            "--out."
+        )
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
+
+
+class ShardWriter:
+    """Writes one shard's tokens as they come, into a file from `replacing`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.n_tokens = 0
+        file.write(bytes(HEADER_BYTES))
+
+    def append(self, tokens: Tokens) -> None:
+        self._file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
+        self.n_tokens += len(tokens)
+
+    def finish(self) -> None:
+        """Write the header, whose count is known only now."""
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = MAGIC, SHARD_VERSION, self.n_tokens
+        self._file.seek(0)
+        self._file.write(header.data)
+
+
+def write_shard(path: Path, tokens: Tokens) -> None:
+    """Write `tokens` as a shard at `path`, whole or not at all."""
+    with replacing(path) as file:
+        writer = ShardWriter(file)
+        writer.append(tokens)
+        writer.finish()
+
+
+def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.dtype[np.uint16]]:
+    """Return the tokens of a shard, mapped from disk.
+
+    `UserError` if it is not a shard, of another version, truncated or too long, or (given `vocab_size`)
+    holds a token at or beyond it.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}.") from error
+    magic, version, n_tokens = (int(value) for value in header[:3])
+    if magic != MAGIC:
+        raise UserError(
+            f"{path}: not a token shard: it begins with {magic}, expected {MAGIC}; {PREPARE_AGAIN}."
+        )
+    if version != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {version}, expected {SHARD_VERSION}; {PREPARE_AGAIN}.")
+    if n_tokens <= 0:
+        raise UserError(f"{path}: the shard holds no tokens; {PREPARE_AGAIN}.")
+    expected = HEADER_BYTES + 2 * n_tokens
+    if size != expected:
+        fault = "truncated" if size < expected else "too long"
+        raise UserError(
+            f"{path}: {fault}: {size:,} bytes, but its header's {n_tokens:,} tokens take {expected:,}; "
+            f"{PREPARE_AGAIN}."
+        )
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+        raise UserError(
+            f"{path}: token {largest} at place {int(tokens.argmax())} is beyond the vocabulary, whose ids "
+            "are below "
+            f"{vocab_size}; the shard belongs to another tokenizer or is damaged: {PREPARE_AGAIN}."
+        )
+    return tokens
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as the manifest knows it."""
+
+    file: str
+    """Its name in the manifest's folder."""
+    split: str
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of text that the tokens stand for."""
+    documents: int
+    """Documents that begin in it."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds."""
+
+    corpus: str
+    source_sha256: str
+    """Of the texts both splits were made from."""
+    tokenizer: dict[str, Any]
+    """name, vocab_size, eot, and for `char` its chars."""
+    shards: tuple[ShardEntry, ...]
+
+    def of_split(self, split: str) -> list[ShardEntry]:
+        """Return the shards of one split, in order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def n_tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.of_split(split))
+
+    def n_bytes(self, split: str) -> int:
+        return sum(shard.bytes for shard in self.of_split(split))
+
+    def n_documents(self, split: str) -> int:
+        return sum(shard.documents for shard in self.of_split(split))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer["vocab_size"])
+
+    @property
+    def sha256(self) -> str:
+        """The identity of the prepared corpus: a hash of everything in the manifest."""
+        content = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {"format_version": MANIFEST_VERSION, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json into `folder`, whole or not at all."""
+        text = json.dumps({**self._content(), "sha256": self.sha256}, indent=1, ensure_ascii=True) + "\n"
+        with replacing(folder / MANIFEST_NAME) as file:
+            file.write(text.encode())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Return the manifest in `folder`; `UserError` if there is none, or it is damaged, altered or too new."""
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no prepared corpus here (no {MANIFEST_NAME}); run `nanorun prepare-data CORPUS "
+            f"--out {folder}`."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {PREPARE_AGAIN}.") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > MANIFEST_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this nanorun reads up to {MANIFEST_VERSION}; upgrade "
+            f"nanorun or {PREPARE_AGAIN}."
+        )
+    if version != MANIFEST_VERSION:
+        raise UserError(f"{path}: format version {version!r}, expected {MANIFEST_VERSION}; {PREPARE_AGAIN}.")
+    try:
+        manifest = _manifest_of(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {PREPARE_AGAIN}.") from error
+    if manifest.sha256 != content.get("sha256"):
+        raise UserError(
+            f"{path}: its content hashes to {manifest.sha256}, it says {content.get('sha256')}: it was "
+            f"altered; {PREPARE_AGAIN}."
+        )
+    return manifest
+
+
+def _manifest_of(content: dict[str, Any]) -> Manifest:
+    shards = tuple(ShardEntry(**shard) for shard in content["shards"])
+    for shard in shards:
+        if Path(shard.file).name != shard.file:
+            raise ValueError(f"{shard.file!r} is not a plain file name")
+    tokenizer = dict(content["tokenizer"])
+    int(tokenizer["vocab_size"])
+    return Manifest(str(content["corpus"]), str(content["source_sha256"]), tokenizer, shards)

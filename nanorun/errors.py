@@ -1,0 +1,28 @@
+"""The ways a command can end early, and what it exits with."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: what was found, what was wanted, how to mend it. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that ended without its result: diverged, or missed a required target. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and saved a checkpoint; the text says how to resume. Exit code 75."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
+    import difflib
+
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters, line breaks aside, shown as escapes: names come from files."""
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

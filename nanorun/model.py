@@ -1,0 +1,272 @@
+"""GPT as one block with switches, and the role each of its parameters plays for an optimizer.
+
+Shapes: B rows, T positions, C = n_embd channels, H heads, D = C / H channels per head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nanorun.config import ModelConfig
+
+Role = Literal["embedding", "head", "matrix", "vector"]
+
+IGNORED_TARGET = -1
+
+
+class ParameterRole(NamedTuple):
+    """What a parameter is to an optimizer: its role, and how many matrices lie stacked in its rows."""
+
+    role: Role
+    n_stacked: int
+
+
+class Rotary(nn.Module):
+    """Tables that turn pairs of channels by an angle proportional to the position (arXiv:2104.09864).
+
+    The tables are functions of the shapes, so they are neither saved nor cast: whatever moves the module
+    (`to`, `to_empty`, `bfloat16`) leaves them correct and in fp32 on the new device.
+    """
+
+    def __init__(self, head_width: int, context_len: int, base: float) -> None:
+        super().__init__()
+        self.head_width, self.base = head_width, base
+        self.register_buffer("cos_T11D", torch.empty(context_len, 1, 1, head_width), persistent=False)
+        self.register_buffer("sin_T11D", torch.empty(context_len, 1, 1, head_width), persistent=False)
+        self.fill()
+
+    def fill(self) -> None:
+        """Compute both tables where they live."""
+        device = self.cos_T11D.device
+        half = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device)
+        positions = torch.arange(self.cos_T11D.size(0), dtype=torch.float32, device=device)
+        angles = torch.outer(positions, self.base ** (-half / self.head_width))[:, None, None, :]
+        self.cos_T11D = torch.cat((angles.cos(), angles.cos()), dim=-1)
+        # The sign of the second half lets `rotate` be one roll and one multiply-add.
+        self.sin_T11D = torch.cat((angles.sin(), -angles.sin()), dim=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        super()._apply(fn, recurse)
+        self.fill()
+        return self
+
+
+def rotate(x_BTNHD: Tensor, cos_T11D: Tensor, sin_T11D: Tensor) -> Tensor:
+    """Return `x` with each pair (d, d + D/2) turned by its position's angle."""
+    turned = x_BTNHD.roll(x_BTNHD.size(-1) // 2, dims=-1)
+    return torch.addcmul(x_BTNHD * cos_T11D, turned, sin_T11D).type_as(x_BTNHD)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the config's norm over the channels. RMSNorm has no weights: the next matrix can hold them."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; Q, K and V are rows 0..C, C..2C and 2C..3C of one weight."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.qk_norm_eps = config.norm_eps if config.qk_norm else None
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None) -> Tensor:
+        n_rows, n_positions, n_embd = x_BTC.shape
+        head_width = n_embd // self.n_head
+        qkv_BT3HD = self.qkv(x_BTC).view(n_rows, n_positions, 3, self.n_head, head_width)
+        qk_BT2HD, v_BTHD = qkv_BT3HD[:, :, :2], qkv_BT3HD[:, :, 2]
+        if self.qk_norm_eps is not None:
+            qk_BT2HD = F.rms_norm(qk_BT2HD, (head_width,), eps=self.qk_norm_eps)
+        if rotary_T11D is not None:
+            qk_BT2HD = rotate(qk_BT2HD, *rotary_T11D)
+        q_BTHD, k_BTHD = qk_BT2HD.to(v_BTHD.dtype).unbind(dim=2)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BTHD.transpose(1, 2),
+            v_BTHD.transpose(1, 2),
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.proj(y_BHTD.transpose(1, 2).reshape(n_rows, n_positions, n_embd))
+
+
+class MLP(nn.Module):
+    """Two matrices around the activation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.squares_relu = config.activation == "relu2"
+        self.fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        hidden = self.fc(x_BTC)
+        hidden = F.relu(hidden).square() if self.squares_relu else F.gelu(hidden, approximate="tanh")
+        return self.proj(hidden)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each normalised at its entrance and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm_1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D))
+        return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)))
+
+    def drop(self, x_BTC: Tensor) -> Tensor:
+        """Return `x` under dropout, or `x` itself where there is none."""
+        return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
+
+
+class GPT(nn.Module):
+    """A decoder whose every difference between GPT-2 and later practice is a field of the config.
+
+    The weights are torch's until `initialise(seed)` sets them. Set `checkpoint_activations` to "block" to
+    keep only each block's input for the backward pass and compute the rest again.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
+        self.config, self.vocab_size = config, vocab_size
+        self.checkpoint_activations: Literal["none", "block"] = "none"
+        n_embd = config.n_embd
+        self.wte = nn.Embedding(vocab_size, n_embd)
+        self.wpe = nn.Embedding(config.context_len, n_embd) if config.positions == "learned" else None
+        self.rotary = None
+        if config.positions == "rotary":
+            assert n_embd // config.n_head % 2 == 0, "rotary positions turn pairs of channels"
+            self.rotary = Rotary(n_embd // config.n_head, config.context_len, config.rotary_base)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = make_norm(config)
+        self.head = None if config.tied_head else nn.Linear(n_embd, vocab_size, bias=False)
+
+    def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits_BTV in fp32; with targets, the summed loss in nats (fp32) and how many it sums.
+
+        Targets of -1 are left out of both. Dividing once, after all micro-batches and ranks, makes the loss
+        independent of how the tokens were split.
+        """
+        x_BTC = self.norm_f(self.hidden(idx_BT))
+        if targets_BT is None:
+            return self.logits(x_BTC)
+        logits_NV = self.logits(x_BTC.flatten(0, 1))
+        targets_N = targets_BT.flatten()
+        loss_sum = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED_TARGET, reduction="sum")
+        return loss_sum, (targets_N != IGNORED_TARGET).sum()
+
+    def hidden(self, idx_BT: Tensor) -> Tensor:
+        """Return the residual stream after the last block, (B, T, C)."""
+        n_positions = idx_BT.size(1)
+        if n_positions > self.config.context_len:
+            raise ValueError(
+                f"{n_positions} positions are more than the model's context of {self.config.context_len}: "
+                f"give it at most the last {self.config.context_len} tokens"
+            )
+        x_BTC = self.wte(idx_BT)
+        rotary_T11D = None
+        if self.wpe is not None:
+            x_BTC = x_BTC + self.wpe.weight[:n_positions]
+        if self.rotary is not None:
+            rotary_T11D = self.rotary.cos_T11D[:n_positions], self.rotary.sin_T11D[:n_positions]
+        if self.config.dropout:
+            x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
+        recompute = self.checkpoint_activations == "block" and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x_BTC = checkpoint(block, x_BTC, rotary_T11D, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, rotary_T11D)
+        return x_BTC
+
+    def logits(self, x_C: Tensor) -> Tensor:
+        """Return the scores of the next token in fp32, bent smoothly under ±logit_softcap where it is set."""
+        weight_VC = self.wte.weight if self.head is None else self.head.weight
+        logits_V = F.linear(x_C, weight_VC).float()
+        cap = self.config.logit_softcap
+        return torch.tanh(logits_V / cap) * cap if cap else logits_V
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Set every weight as a function of the seed and the shapes, whatever the device or global state.
+
+        Embeddings are N(0, init_std²), biases 0, norm weights 1. Matrices follow one of two rules:
+        GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
+        or, under zero_init_projections, those projections and an untied head 0 and every other matrix
+        N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif std := self._init_std(name, parameter):
+                drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+                parameter.copy_(drawn)
+            else:
+                parameter.zero_()
+
+    def _init_std(self, name: str, parameter: Tensor) -> float:
+        config = self.config
+        if name in ("wte.weight", "wpe.weight"):
+            return config.init_std
+        into_residual = name.endswith("proj.weight")
+        if config.zero_init_projections:
+            return 0.0 if into_residual or name == "head.weight" else 0.5 / math.sqrt(parameter.size(1))
+        return config.init_std / math.sqrt(2 * config.n_layer) if into_residual else config.init_std
+
+    def roles(self) -> dict[str, ParameterRole]:
+        """Return the role of every parameter by its name.
+
+        A tied head is the embedding's one shared parameter, with the role "embedding". The fused weight of Q,
+        K and V counts as three stacked matrices, because Muon must treat them apart.
+        """
+        roles: dict[str, ParameterRole] = {}
+        for name, parameter in self.named_parameters():
+            if name in ("wte.weight", "wpe.weight"):
+                roles[name] = ParameterRole("embedding", 1)
+            elif name == "head.weight":
+                roles[name] = ParameterRole("head", 1)
+            elif parameter.ndim == 2:
+                roles[name] = ParameterRole("matrix", 3 if name.endswith("qkv.weight") else 1)
+            else:
+                roles[name] = ParameterRole("vector", 1)
+        return roles
+
+    def n_parameters(self) -> int:
+        """Return how many numbers are trained, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Return the floating-point operations that training spends per token, forward and backward.
+
+        6·N + 12·n_layer·n_embd·context_len: N counts the weights that multiply activations (all matrices and
+        the head, tied or not; no embedding look-up, bias or norm), and the second term is attention's scores
+        and sums over the whole context, the masked half included (the convention of the PaLM paper,
+        arXiv:2204.02311, appendix B). Recomputing activations is not counted: it trains nothing.
+        """
+        config = self.config
+        n_matmul = self.vocab_size * config.n_embd
+        roles = self.roles()
+        n_matmul += sum(p.numel() for name, p in self.named_parameters() if roles[name].role == "matrix")
+        return 6 * n_matmul + 12 * config.n_layer * config.n_embd * config.context_len

@@ -1,0 +1,362 @@
+"""From names and options to optimizers, and from a model's roles to parameter groups."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nanorun.errors import UserError, nearest
+from nanorun.optim.options import check_options
+
+ROLE_NAMES = ("embedding", "head", "matrix", "vector")
+
+_NOT_ALGORITHMS = frozenset({"build", "matrix_functions", "schedules", "averaging", "options"})
+
+
+class HasRoles(Protocol):
+    """A model that names the role of each of its parameters (nanorun.model.GPT)."""
+
+    def roles(self) -> dict[str, Any]: ...
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class Algorithm(NamedTuple):
+    """An optimizer as a config names it: its class, and how to check what it is given."""
+
+    name: str
+    cls: type[torch.optim.Optimizer]
+    roles: tuple[str, ...]
+    module: ModuleType | None
+    """The module with the table of options; None where the class comes from outside."""
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all options checked, or raise UserError naming the one that is wrong."""
+        if self.module is not None:
+            return check_options(self.name, self.module.OPTIONS, given)
+        return _check_signature(self.name, self.cls, given)
+
+
+def algorithms() -> list[str]:
+    """Return the names of the optimizers that ship with nanorun: one module each in this package."""
+    found = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name for module in found if module.name not in _NOT_ALGORITHMS)
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """Return the algorithm of that name, or the class that "package.module:Class" or "path.py:Class" means.
+
+    A name with a colon imports, and so executes, the code it points to. Such names come from the user's own
+    config or command line only; nothing that nanorun downloads or reads from a record gets here by itself.
+    """
+    if ":" in name:
+        return Algorithm(name, _load_external(name), ROLE_NAMES, None)
+    if name not in algorithms():
+        raise UserError(
+            f"unknown optimizer {name!r}: wanted one of {', '.join(algorithms())}, or an outside one as "
+            f"'package.module:Class' or 'path/to/file.py:Class'.{nearest(name, algorithms())}"
+        )
+    module = importlib.import_module(f"nanorun.optim.{name}")
+    return Algorithm(name, module.CLASS, module.ROLES, module)
+
+
+def create(name: str, params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
+    """Return the optimizer called `name` over `params` (tensors or torch's parameter groups).
+
+    Raises UserError that names an unknown algorithm (with the nearest), or an option that is unknown, missing
+    or out of range.
+    """
+    algorithm = find_algorithm(name)
+    return _construct(algorithm, list(params), algorithm.options(options))
+
+
+def build_optimizers(model: HasRoles, optim: Mapping[str, Mapping[str, Any]]) -> OptimizerSet:
+    """Return the optimizers of a model, every parameter in exactly one group.
+
+    `optim` maps a role, or "default" for all roles without an entry of their own, to an algorithm's "name"
+    and its options. A role that the model does not have may be mapped all the same. Options hold for exactly
+    what they are written for: vectors get weight decay too, unless `[optim.vector]` says otherwise.
+
+    Roles with the same built-in algorithm share one optimizer with a group each; an outside class gets one
+    optimizer per role, since its options need not be per group.
+    """
+    known = [*ROLE_NAMES, "default"]
+    for key in optim:
+        if key not in known:
+            raise UserError(f"optim.{key}: wanted a role, one of {', '.join(known)}.{nearest(key, known)}")
+    parts: dict[str, list[tuple[Algorithm, dict[str, Any]]]] = {}
+    for role, members in _members_by_role(model).items():
+        algorithm, options = _resolve(role, members, optim)
+        group = {
+            **options,
+            "params": [parameter for _, parameter, _ in members],
+            "base_lr": options.get("lr"),
+            "role": role,
+            "n_stacked": [n_stacked for _, _, n_stacked in members],
+        }
+        key = algorithm.name if algorithm.module is not None else f"{algorithm.name} {role}"
+        parts.setdefault(key, []).append((algorithm, group))
+    optimizers = [_construct_groups(part) for part in parts.values()]
+    _prove_assigned_once(model, optimizers)
+    return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()])
+
+
+Members = list[tuple[str, Tensor, int]]
+
+
+def _members_by_role(model: HasRoles) -> dict[str, Members]:
+    """Return each role's parameters, in the model's order: name, tensor, how many matrices it stacks."""
+    roles = model.roles()
+    members: dict[str, Members] = {}
+    for name, parameter in model.named_parameters():
+        role, n_stacked = roles[name]
+        members.setdefault(role, []).append((name, parameter, n_stacked))
+    return members
+
+
+def _resolve(
+    role: str, members: Members, optim: Mapping[str, Mapping[str, Any]]
+) -> tuple[Algorithm, dict[str, Any]]:
+    """Return the algorithm and the checked options of one role."""
+    key = role if role in optim else "default"
+    if key not in optim:
+        raise UserError(
+            f"no optimizer for the role {role!r} ({len(members)} parameters, such as {members[0][0]}): "
+            f"add [optim.{role}] or [optim.default] with a name"
+        )
+    options = dict(optim[key])
+    if "name" not in options:
+        raise UserError(f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(algorithms())}')
+    algorithm = find_algorithm(options.pop("name"))
+    if role not in algorithm.roles:
+        raise UserError(
+            f"{algorithm.name} cannot take the role {role!r}: it takes {', '.join(algorithm.roles)}; "
+            f"give {role!r} to another optimizer, such as adamw, under [optim.{role}] or [optim.default]"
+        )
+    return algorithm, algorithm.options(options)
+
+
+def _construct(algorithm: Algorithm, params: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return algorithm.cls(params, **options)
+    except (TypeError, ValueError) as error:
+        if algorithm.module is not None:
+            raise
+        raise UserError(f"{algorithm.name} refused its options {options}: {error}") from error
+
+
+def _construct_groups(part: list[tuple[Algorithm, dict[str, Any]]]) -> torch.optim.Optimizer:
+    algorithm, first = part[0]
+    groups = [group for _, group in part]
+    options = {key: first[key] for key in first if key not in ("params", "base_lr", "role", "n_stacked")}
+    optimizer = _construct(algorithm, groups, options)
+    for group in optimizer.param_groups:
+        if group["base_lr"] is None:
+            # An outside class may have an lr of its own that the config did not set, or none at all.
+            group["base_lr"] = group.get("lr", 0.0)
+    return optimizer
+
+
+def _prove_assigned_once(model: HasRoles, optimizers: list[torch.optim.Optimizer]) -> None:
+    assigned = [
+        id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    ]
+    wanted = {id(parameter) for _, parameter in model.named_parameters()}
+    assert len(assigned) == len(set(assigned)), "a parameter is in two groups"
+    assert set(assigned) == wanted, "a parameter is in no group"
+
+
+def _check_signature(name: str, cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options given to an outside class after comparing their names with its constructor."""
+    takes = list(inspect.signature(cls).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        return dict(given)
+    named = {p.name: p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for option in given:
+        if option not in named:
+            raise UserError(
+                f"{name} has no option {option!r}: it takes {', '.join(named)}.{nearest(option, list(named))}"
+            )
+    for option, parameter in named.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise UserError(f"{name} needs the option {option!r}: give it a value")
+    return dict(given)
+
+
+def _load_external(name: str) -> type[torch.optim.Optimizer]:
+    where, _, class_name = name.rpartition(":")
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    found = getattr(module, class_name, None)
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        classes = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+        ]
+        listed = f"it has {', '.join(classes)}" if classes else "it has none"
+        raise UserError(
+            f"{where} has no torch Optimizer called {class_name!r}: {listed}.{nearest(class_name, classes)}"
+        )
+    return found
+
+
+def _import_module(where: str) -> ModuleType:
+    try:
+        return importlib.import_module(where)
+    except ImportError as error:
+        raise UserError(
+            f"cannot import {where!r} ({error}): install it, or give the path of a .py file"
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r} to take an optimizer from: wanted path/to/file.py:Class")
+    # The name holds the path's hash, so that two files of one name stay two modules.
+    module_name = (
+        f"nanorun_external_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    )
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered first: dataclasses and pickling look their module up.
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class GroupRow(NamedTuple):
+    """One line of the table that `train` prints before it starts."""
+
+    role: str
+    tensors: int
+    parameters: int
+    optimizer: str
+    lr: float
+    options: dict[str, Any]
+
+
+class OptimizerSet:
+    """All optimizers of a model, stepped, scaled, saved and loaded as one."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], names: list[str]) -> None:
+        self.optimizers, self.names = optimizers, names
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return every parameter group, in order."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter, each once."""
+        return [parameter for group in self.groups() for parameter in group["params"]]
+
+    def set_scale(self, scale: float) -> None:
+        """Set every learning rate to its base times `scale`."""
+        for group in self.groups():
+            group["lr"] = group["base_lr"] * scale
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update all parameters; where `skip` (0-dim, on their device) is not zero, change nothing at all.
+
+        Parameters, moments and step counters keep their bits, and the host does not wait to learn which it
+        was. Optimizers that read `found_inf`, torch's convention, do this themselves; any other is put back
+        from a copy, at the price of that copy. Counters that such a one keeps as Python numbers do move on.
+        """
+        for optimizer in self.optimizers:
+            if skip is None:
+                optimizer.step()
+            elif _reads_found_inf(optimizer):
+                optimizer.found_inf = skip.to(torch.float32)
+                try:
+                    optimizer.step()
+                finally:
+                    del optimizer.found_inf
+            else:
+                _step_or_put_back(optimizer, skip != 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return names and states; plain containers and tensors, as torch.load(weights_only=True) wants."""
+        return {
+            "names": list(self.names),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, learning rates included; the set must have the same config."""
+        if list(state["names"]) != self.names:
+            raise UserError(
+                f"this state belongs to the optimizers {', '.join(state['names'])}, and the run has "
+                f"{', '.join(self.names)}: resume with the config that wrote it"
+            )
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            try:
+                optimizer.load_state_dict(saved)
+            except ValueError as error:
+                raise UserError(f"the optimizer state does not fit this model ({error})") from error
+
+    def table(self) -> list[GroupRow]:
+        """Return one row per group: what the run's start prints."""
+        rows = []
+        hidden = {"params", "base_lr", "role", "n_stacked", "lr"}
+        for name, optimizer in zip(self.names, self.optimizers):
+            for group in optimizer.param_groups:
+                schema = inspect.signature(type(optimizer)).parameters
+                shown = {key: group[key] for key in schema if key in group and key not in hidden}
+                n_parameters = sum(parameter.numel() for parameter in group["params"])
+                rows.append(
+                    GroupRow(group["role"], len(group["params"]), n_parameters, name, group["base_lr"], shown)
+                )
+        return rows
+
+    def state_bytes(self) -> int:
+        """Return the bytes of all state tensors; before the first step there may be none."""
+        return sum(
+            tensor.nbytes for optimizer in self.optimizers for tensor in _state_tensors(optimizer).values()
+        )
+
+
+def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    # torch's fused optimizers say so by the name that GradScaler looks for.
+    return getattr(optimizer, "supports_found_inf", False) or getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    )
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    """Return the tensors of an optimizer's state by parameter and key."""
+    return {
+        (id(parameter), key): value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+@torch.no_grad()
+def _step_or_put_back(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Step; where `skip`, put parameters and state back, and state that is new in this step to zero."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    old_parameters = [parameter.clone() for parameter in parameters]
+    old_state = {key: tensor.clone() for key, tensor in _state_tensors(optimizer).items()}
+    optimizer.step()
+    for parameter, old in zip(parameters, old_parameters, strict=True):
+        parameter.copy_(torch.where(skip, old, parameter))
+    for key, tensor in _state_tensors(optimizer).items():
+        old = old_state.get(key, torch.zeros_like(tensor))
+        tensor.copy_(torch.where(skip.to(tensor.device), old, tensor))

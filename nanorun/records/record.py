@@ -1,0 +1,613 @@
+"""What one run leaves behind: `records/<track>/<id>/`, written once and read back strictly.
+
+Plain dataclasses, because `nanorun report` reads a thousand of these and still has to start in a moment.
+Whatever a file holds, reading it ends in a `Record` or in one sentence that names the field; a broken record
+never hides the good ones beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import types
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from nanorun.errors import UserError
+
+FORMAT_VERSION = 1
+MAX_BYTES = 100_000
+"""A record.json is smaller than this, written or read."""
+NO_TRACK = frozenset({"benchmarks"})
+"""Folders under `records/` that hold something else."""
+
+_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
+_TRACK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
+_CLOCK_KEYS = tuple(f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total"))
+_DEEPEST_CONFIG = 16
+
+
+class RecordError(UserError):
+    """A record that cannot be believed; the message names the field, what it holds and what was wanted."""
+
+    def __init__(self, why: str, path: str = "") -> None:
+        super().__init__(f"{path} {why}".strip())
+        self.why, self.path = why, path
+
+    def within(self, name: str) -> RecordError:
+        """The same error, seen from the object that holds it."""
+        joint = "." if self.path and not self.path.startswith("[") else ""
+        return RecordError(self.why, f"{name}{joint}{self.path}")
+
+
+class ValidationPoint(NamedTuple):
+    """One reading of the validation loss; `train_seconds` are counted seconds."""
+
+    step: int
+    tokens: int
+    train_seconds: float
+    val_loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """The first validation at or under the target."""
+
+    step: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The data a run trained on, by the hash of its manifest."""
+
+    name: str
+    tokenizer: str
+    vocab_size: int
+    manifest_sha256: str
+    train_tokens: int
+    val_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """The code that ran: a commit and, where the tree differed from it, the patch beside the record."""
+
+    version: str
+    commit: str | None
+    dirty: bool
+    patch: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The machine, as far as it decides how long a step takes."""
+
+    device: str
+    device_name: str
+    n_devices: int
+    cpu_name: str
+    n_cpus: int
+    n_threads: int
+    memory_gib: float
+
+    @property
+    def label(self) -> str:
+        """One short text; runs whose labels differ are never averaged."""
+        if self.device == "cuda":
+            return f"{self.n_devices} × {self.device_name}"
+        name = " ".join(re.sub(r"\((R|TM|r|tm)\)|\bCPU\b", " ", self.cpu_name).split()) or "unnamed CPU"
+        ranks = f", {self.n_devices} ranks" if self.n_devices > 1 else ""
+        return f"{name}, {self.n_threads} of {self.n_cpus} cores{ranks}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Software:
+    """Versions, and whether the training step was compiled."""
+
+    python: str
+    platform: str
+    torch: str
+    numpy: str
+    compiled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One run: what it was, where it ran, every reading of its loss and every total of its clock."""
+
+    format_version: int
+    id: str
+    track: str
+    name: str
+    """The preset's name, as in `--optim muon`."""
+    optimizer: str
+    """The algorithms by role, a short text such as `muon + adamw`."""
+    created: str
+    """ISO 8601 in UTC."""
+    seed: int
+    config: dict[str, Any]
+    """The whole resolved config."""
+    n_parameters: int
+    initial_weights_sha256: str
+    final_weights_sha256: str
+    corpus: Corpus
+    code: Code
+    hardware: Hardware
+    software: Software
+    target_val_loss: float
+    validation_tokens: int
+    """Validation tokens predicted in each reading."""
+    stop_at_target: bool
+    """The run was allowed to end on its own validation loss, so its last loss is no fair sample."""
+    completed: bool
+    """The declared last step was reached."""
+    declared_steps: int
+    steps: int
+    tokens: int
+    validation: tuple[ValidationPoint, ...]
+    reached: Reached | None
+    final_val_loss: float
+    bits_per_byte: float | None
+    clock: dict[str, float]
+    """The totals of `_CLOCK_KEYS` and any other `*_seconds`, one for each reason the clock was paused."""
+    peak_memory_mib: float
+    resumed: int
+    optimizer_state_bytes: int
+    validation_left_out: int = 0
+    """Points that only curve.csv holds, because record.json would have grown too large."""
+
+    @classmethod
+    def from_dict(cls, content: object) -> Record:
+        """Return the record that `content` describes; it ignores keys it does not know.
+
+        Raises RecordError.
+        """
+        _check_version(content)
+        record: Record = _read(cls, content)
+        _check_sense(record)
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON has it."""
+        out: dict[str, Any] = {}
+        for name in _names_of(Record):
+            value = getattr(self, name)
+            out[name] = vars(value).copy() if dataclasses.is_dataclass(value) else value
+        out["validation"] = [point._asdict() for point in self.validation]
+        return out
+
+
+class Skipped(NamedTuple):
+    """A folder that holds no record we can believe, and why."""
+
+    path: Path
+    why: str
+
+
+def record_id(created: str, name: str, content: Mapping[str, Any]) -> str:
+    """Return `2026-11-24-muon-1a2b3c4d`: the day, the name made safe for paths, and a hash of the content.
+
+    An `id` in the content is left out of the hash.
+    """
+    body = {key: value for key, value in content.items() if key != "id"}
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower())[:60].strip("-.") or "run"
+    return f"{created[:10]}-{safe}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def write_record(root: Path, record: Record, *, config_toml: str, source_patch: str | None) -> Path:
+    """Return `<root>/<track>/<id>`, filled with record.json, config.toml, curve.csv and any source.patch.
+
+    All or nothing: the folder is filled beside its place and renamed. Never overwrites. Raises UserError when
+    the disk refuses, or when the record exists or would not be readable.
+    """
+    if record.code.patch != (None if source_patch is None else "source.patch"):
+        raise RecordError(f"is {record.code.patch!r}, which does not fit the patch handed over", "code.patch")
+    text = _fitting_json(Record.from_dict(record.to_dict()))
+    files = {"record.json": text, "config.toml": config_toml, "curve.csv": _curve_csv(record)}
+    if source_patch is not None:
+        files["source.patch"] = source_patch
+    folder = root / record.track / record.id
+    if os.path.lexists(folder):
+        raise UserError(
+            f"{folder} exists already, and a record is written once; move it away to write it again"
+        )
+    beside = folder.parent / f".writing-{record.id}-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _fill(beside, files)
+        beside.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"the record could not be written to {folder}: {error.strerror or error}. Nothing of it was left "
+            "there; make room or permission for it, or choose another folder with --records"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def read_record(folder: Path) -> Record:
+    """Return the record in `folder`, which must bear its id and lie under its track. Raises RecordError."""
+    record = Record.from_dict(_load(folder / "record.json"))
+    if record.id != folder.name:
+        raise RecordError(
+            f"is {_shown(record.id)} in a folder named {_shown(folder.name)}; they must agree", "id"
+        )
+    if record.track != folder.parent.name:
+        raise RecordError(
+            f"is {_shown(record.track)}, in the folder of track {_shown(folder.parent.name)}; move it",
+            "track",
+        )
+    return record
+
+
+def read_records(root: Path, track: str | None = None) -> tuple[list[Record], list[Skipped]]:
+    """Return the records under `root`, of one track or of all, and the folders that were skipped, with why.
+
+    A root or a track that is not there holds no records.
+    """
+    records: list[Record] = []
+    skipped: list[Skipped] = []
+    tracks = _folders(root) if track is None else [root / track]
+    for track_folder in tracks:
+        if track_folder.name in NO_TRACK:
+            continue
+        for folder in _folders(track_folder):
+            try:
+                records.append(read_record(folder))
+            except RecordError as error:
+                skipped.append(Skipped(folder, str(error)))
+    return records, skipped
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Visible folders in `parent`, in order of name; none when it is not there."""
+    try:
+        with os.scandir(parent) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{parent} cannot be read: {error.strerror}") from error
+    return [parent / name for name in names]
+
+
+def _load(path: Path) -> object:
+    """The JSON in `path`; a pipe, a giant or nonsense is an error, never a hang or a traceback."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise RecordError("is not a regular file", "record.json")
+        if found.st_size >= MAX_BYTES:
+            raise RecordError(f"has {found.st_size:,} bytes; wanted fewer than {MAX_BYTES:,}", "record.json")
+        with open(path, "rb") as file:
+            return _DECODER.decode(file.read(MAX_BYTES).decode("utf-8"))
+    except FileNotFoundError:
+        raise RecordError("is missing", "record.json") from None
+    except OSError as error:
+        raise RecordError(f"cannot be read: {error.strerror}", "record.json") from error
+    except UnicodeDecodeError as error:
+        raise RecordError(f"is not UTF-8 at byte {error.start}", "record.json") from None
+    except json.JSONDecodeError as error:
+        raise RecordError(f"is not whole JSON: {error}", "record.json") from None
+    except RecursionError:
+        raise RecordError("is nested too deeply", "record.json") from None
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(f"cannot be read: {error}", "record.json") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise RecordError(f"holds {name}, which is no JSON number", "record.json")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _check_version(content: object) -> None:
+    """Before all else, because another version may differ in anything."""
+    if not isinstance(content, dict):
+        raise RecordError(f"is {_shown(content)}; wanted an object", "the record")
+    if "format_version" not in content:
+        raise RecordError("is missing", "format_version")
+    version = content["format_version"]
+    if type(version) is not int or version < 1:
+        raise RecordError(f"is {_shown(version)}; wanted {FORMAT_VERSION}", "format_version")
+    if version > FORMAT_VERSION:
+        raise RecordError(
+            f"is {version}, and this nanorun reads up to {FORMAT_VERSION}; upgrade nanorun to read it",
+            "format_version",
+        )
+
+
+def _check_sense(record: Record) -> None:
+    """Raise RecordError where fields that are each well formed contradict one another."""
+    _check_words(record)
+    if record.steps > record.declared_steps:
+        raise RecordError(f"is {record.steps}, beyond the declared {record.declared_steps}", "steps")
+    if record.completed and record.steps != record.declared_steps:
+        raise RecordError(
+            f"is true after {record.steps} of {record.declared_steps} declared steps", "completed"
+        )
+    if not record.validation:
+        return
+    target = record.target_val_loss
+    crossing = next((point.step for point in record.validation if point.val_loss <= target), None)
+    claimed = record.reached.step if record.reached else None
+    if crossing != claimed:
+        raise RecordError(f"says step {claimed}, and the validation points say step {crossing}", "reached")
+    last = record.validation[-1]
+    if last.step == record.steps and not math.isclose(last.val_loss, record.final_val_loss, rel_tol=1e-6):
+        raise RecordError(
+            f"is {record.final_val_loss}, and the last validation says {last.val_loss}", "final_val_loss"
+        )
+
+
+def _check_words(record: Record) -> None:
+    """Raise RecordError for a text that is not of its form; ids and tracks become paths."""
+    if not _ID.fullmatch(record.id):
+        raise RecordError(f"is {_shown(record.id)}; wanted the form 2026-11-24-muon-1a2b3c4d", "id")
+    if not _TRACK.fullmatch(record.track) or record.track in NO_TRACK:
+        raise RecordError(f"is {_shown(record.track)}; wanted a track's name", "track")
+    if not record.name.strip():
+        raise RecordError("is empty; wanted the preset's name", "name")
+    if not _is_utc_time(record.created):
+        raise RecordError(f"is {_shown(record.created)}; wanted UTC such as 2026-11-24T12:30:00Z", "created")
+    if record.hardware.device not in ("cpu", "cuda"):
+        raise RecordError(f"is {_shown(record.hardware.device)}; wanted cpu or cuda", "hardware.device")
+    if record.code.patch not in (None, "source.patch"):
+        raise RecordError(f"is {_shown(record.code.patch)}; wanted null or source.patch", "code.patch")
+
+
+def _is_utc_time(text: str) -> bool:
+    import datetime
+
+    if not _CREATED.fullmatch(text):
+        return False
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read(cls: Any, value: object) -> Any:
+    """Return a `cls` made of the JSON object `value`, each field checked by its annotation."""
+    if not isinstance(value, dict):
+        raise RecordError(f"is {_shown(value)}; wanted an object")
+    found = {}
+    for name, check, needed in _checks_of(cls):
+        if name in value:
+            try:
+                found[name] = check(value[name])
+            except RecordError as error:
+                raise error.within(name) from None
+        elif needed:
+            raise RecordError("is missing", name)
+    return cls(**found)
+
+
+@cache
+def _names_of(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+@cache
+def _checks_of(cls: type) -> tuple[tuple[str, Callable[[Any], Any], bool], ...]:
+    """(name, check, must be there) of each field of a dataclass."""
+    hints = get_type_hints(cls)
+    return tuple(
+        (field.name, _check_for(hints[field.name]), field.default is dataclasses.MISSING)
+        for field in dataclasses.fields(cls)
+    )
+
+
+def _check_for(hint: Any) -> Callable[[Any], Any]:
+    """The function that checks a value against one annotation."""
+    simple: dict[Any, Callable[[Any], Any]] = {
+        int: _whole_number,
+        float: _number,
+        str: _text,
+        bool: _flag,
+        dict[str, Any]: _config,
+        dict[str, float]: _clock,
+        tuple[ValidationPoint, ...]: _curve,
+    }
+    if hint in simple:
+        return simple[hint]
+    if get_origin(hint) is types.UnionType:
+        inner = _check_for(get_args(hint)[0])
+        return lambda value: None if value is None else inner(value)
+    return partial(_read, hint)
+
+
+def _shown(value: object) -> str:
+    """The start of a value, fit for a message: no control characters, no megabytes."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _number(value: object) -> float:
+    if type(value) is float and 0.0 <= value < math.inf:
+        return value
+    if type(value) is int and 0 <= value < 2**63:
+        return float(value)
+    raise RecordError(f"is {_shown(value)}; wanted a finite number of 0 or more")
+
+
+def _whole_number(value: object) -> int:
+    if type(value) is int and 0 <= value < 2**63:
+        return value
+    raise RecordError(f"is {_shown(value)}; wanted a whole number of 0 or more")
+
+
+def _flag(value: object) -> bool:
+    if type(value) is bool:
+        return value
+    raise RecordError(f"is {_shown(value)}; wanted true or false")
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise RecordError(f"is {_shown(value)}; wanted a text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecordError(f"is {_shown(value)}, which holds half a character") from None
+    return value
+
+
+def _config(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RecordError(f"is {_shown(value)}; wanted an object")
+    _check_plain(value, _DEEPEST_CONFIG)
+    return value
+
+
+def _check_plain(value: object, depth: int) -> None:
+    """Raise RecordError unless `value` is finite JSON of at most `depth` levels."""
+    if depth < 0:
+        raise RecordError(f"is nested more than {_DEEPEST_CONFIG} levels deep")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            try:
+                _text(name)
+                _check_plain(inner, depth - 1)
+            except RecordError as error:
+                raise error.within(_shown(name).strip("'")) from None
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain(inner, depth - 1)
+    elif isinstance(value, str):
+        _text(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(f"is {value}; wanted a finite number")
+    elif not isinstance(value, int | float | None):
+        raise RecordError(f"is {_shown(value)}; wanted what JSON can hold")
+
+
+def _clock(value: object) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise RecordError(f"is {_shown(value)}; wanted an object")
+    for key in _CLOCK_KEYS:
+        if key not in value:
+            raise RecordError("is missing", key)
+    totals = {}
+    for key, seconds in value.items():
+        if key.endswith("_seconds"):
+            try:
+                totals[_text(key)] = _number(seconds)
+            except RecordError as error:
+                raise error.within(_shown(key).strip("'")) from None
+    return totals
+
+
+def _curve(value: object) -> tuple[ValidationPoint, ...]:
+    """The validation points, in order of their steps; there are hundreds, so the good case is kept short."""
+    if not isinstance(value, list):
+        raise RecordError(f"is {_shown(value)}; wanted a list")
+    points = []
+    before = -1
+    for index, item in enumerate(value):
+        try:
+            point = ValidationPoint(
+                _whole_number(item["step"]),
+                _whole_number(item["tokens"]),
+                _number(item["train_seconds"]),
+                _number(item["val_loss"]),
+            )
+        except (RecordError, KeyError, TypeError):
+            raise _point_error(item).within(f"[{index}]") from None
+        if point.step <= before:
+            raise RecordError(f"is step {point.step} after step {before}; wanted rising steps", f"[{index}]")
+        before = point.step
+        points.append(point)
+    return tuple(points)
+
+
+def _point_error(item: object) -> RecordError:
+    """What is wrong with a validation point that could not be read."""
+    if not isinstance(item, dict):
+        return RecordError(f"is {_shown(item)}; wanted an object")
+    for name in ValidationPoint._fields:
+        if name not in item:
+            return RecordError("is missing", name)
+        try:
+            (_whole_number if name in ("step", "tokens") else _number)(item[name])
+        except RecordError as error:
+            return error.within(name)
+    raise AssertionError(f"nothing is wrong with {item}")
+
+
+def _fitting_json(record: Record) -> str:
+    """record.json, its curve thinned as far as its size asks; it then says how many points it lacks."""
+    text = _layout(record)
+    every = 1
+    while len(text.encode()) >= MAX_BYTES and every < len(record.validation):
+        every *= 2
+        points = _thinned(record, every)
+        left_out = record.validation_left_out + len(record.validation) - len(points)
+        text = _layout(dataclasses.replace(record, validation=points, validation_left_out=left_out))
+    if len(text.encode()) >= MAX_BYTES:
+        raise UserError(
+            f"record.json would have {len(text.encode()):,} bytes even without its curve, and a record has "
+            f"fewer than {MAX_BYTES:,}; shorten what the config holds"
+        )
+    return text
+
+
+def _thinned(record: Record, every: int) -> tuple[ValidationPoint, ...]:
+    """Each `every`-th point, and those that mean something: first, crossing, best and last."""
+    points = record.validation
+    crossing = record.reached.step if record.reached else None
+    best = min(points, key=lambda point: point.val_loss)
+    last = len(points) - 1
+    return tuple(
+        point
+        for index, point in enumerate(points)
+        if index % every == 0 or index == last or point.step == crossing or point is best
+    )
+
+
+def _layout(record: Record) -> str:
+    """JSON with one line for each field and each validation point: short, and kind to diffs."""
+    content = record.to_dict()
+    points = ",\n".join("  " + _json(point) for point in content["validation"])
+    lines = []
+    for name, value in content.items():
+        body = f"[\n{points}\n ]" if name == "validation" and value else _json(value)
+        lines.append(f' "{name}": {body}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _curve_csv(record: Record) -> str:
+    rows = [",".join(ValidationPoint._fields)]
+    rows += [",".join(map(repr, point)) for point in record.validation]
+    return "\n".join(rows) + "\n"
+
+
+def _fill(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the files into a new folder and see them onto the disk."""
+    folder.mkdir()
+    for name, text in files.items():
+        with open(folder / name, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())

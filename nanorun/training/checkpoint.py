@@ -1,0 +1,148 @@
+"""Save and restore a run: written beside, hashed in a manifest, renamed; checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanorun.data.shards import sha256_of
+from nanorun.errors import UserError
+
+FORMAT_VERSION = 1
+FILES = ("model.safetensors", "optimizer.pt", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, read into memory on the CPU."""
+
+    path: Path
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    """What else the run needs: step, clock, validation points, choices the machine made."""
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """Return the hash of all weights: name, dtype, shape and bytes of each, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
+        digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: torch.nn.Module,
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-<step>` whole or not at all, drop all but the newest `keep`, return its path.
+
+    Raises UserError when the disk is full; earlier checkpoints stay as they were.
+    """
+    final = folder / f"step-{step:08d}"
+    beside = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(model).items()}
+        save_file(tensors, beside / FILES[0])
+        torch.save(dict(optimizer), beside / FILES[1])
+        (beside / FILES[2]).write_text(json.dumps(dict(state), allow_nan=False))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "sha256": {name: sha256_of(beside / name) for name in FILES},
+        }
+        (beside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for name in (*FILES, "manifest.json"):
+            _sync(beside / name)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:
+        # torch.save and safetensors report a full disk as errors of their own.
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched. "
+            "Free some disk, or move the run with --runs DIR"
+        ) from None
+    for old in checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Return the newest checkpoint that verifies and a line for each newer one passed over.
+
+    Raises UserError when none does.
+    """
+    passed_over: list[str] = []
+    for path in checkpoints(folder):
+        try:
+            return load(path), passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise UserError("no checkpoint verifies: " + "; ".join(passed_over))
+    raise UserError(
+        f"{folder}: no checkpoint here; a run saves one at its end, on Ctrl-C and every checkpoint.every_steps"
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint at `path`; raises UserError naming the file that is missing or was changed."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        version, hashes = manifest["format_version"], dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its manifest.json is missing or broken ({error})") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: checkpoint format {version!r}, and this nanorun reads {FORMAT_VERSION}")
+    for name in FILES:
+        if not (path / name).is_file() or sha256_of(path / name) != hashes.get(name):
+            raise UserError(
+                f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
+            )
+    optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
+    return Checkpoint(path, load_file(path / FILES[0]), optimizer, json.loads((path / FILES[2]).read_text()))
+
+
+def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    # safetensors refuses two names for one storage; a tied head is a single parameter of the model, and
+    # only its first name is kept.
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            kept[name] = tensor
+            seen.add(tensor.data_ptr())
+    return kept
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

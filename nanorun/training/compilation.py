@@ -1,0 +1,58 @@
+"""Whether torch.compile pays for the run at hand, and warm-up either way."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from nanorun.training.step import Stepper
+
+COMPILE_SECONDS_CPU = 60.0
+"""What compiling a small GPT's step costs on two CPU cores (scripts/bench_step.py --compile)."""
+COMPILE_GAIN_CPU = 0.1
+"""Share of the step that compiled code saves there (the same command)."""
+
+
+def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[bool, str]:
+    """Warm the stepper up, compiled or not; return whether it is compiled and a line that says why, or ''.
+
+    `asked` is `on`, `off` or `auto`: on CUDA always, on a CPU when the run is long enough to win back what
+    compiling costs. Where compiling fails, eager code goes on and the line says so.
+    """
+    if asked == "off":
+        stepper.warm_up()
+        return False, ""
+    if asked == "auto" and stepper.device.type == "cpu":
+        stepper.warm_up()
+        pays, line = _pays_on_cpu(stepper, steps)
+        if not pays:
+            return False, line
+    eager = stepper.forward
+    stepper.forward = torch.compile(stepper.working, dynamic=False)
+    try:
+        stepper.warm_up()
+    except Exception as error:  # the compiler's own errors have no common class
+        stepper.forward = eager
+        stepper.optimizers.zero_grad()
+        stepper.warm_up()
+        reason = str(error).strip().splitlines()
+        return (
+            False,
+            f"torch.compile failed here, going on without it: {reason[0][:200] if reason else type(error).__name__}",
+        )
+    return True, ""
+
+
+def _pays_on_cpu(stepper: Stepper, steps: int) -> tuple[bool, str]:
+    began = time.perf_counter()
+    stepper.warm_up()
+    expected = (time.perf_counter() - began) * steps * stepper.rows_of_rank / _rows_warmed(stepper)
+    if expected * COMPILE_GAIN_CPU > COMPILE_SECONDS_CPU:
+        return True, ""
+    return False, ""
+
+
+def _rows_warmed(stepper: Stepper) -> int:
+    rest = stepper.rows_of_rank % stepper.micro_batch_rows
+    return stepper.micro_batch_rows + rest

@@ -1,0 +1,112 @@
+"""Ranks: who this process is, how gradients are averaged and how all agree on one time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nanorun.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; one rank when nobody started more."""
+
+    rank: int = 0
+    n_ranks: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` up over all ranks, in place."""
+        if self.n_ranks > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def slowest(self, seconds: float) -> float:
+        """Return the largest of all ranks' seconds."""
+        if self.n_ranks == 1:
+            return seconds
+        largest = torch.tensor(seconds, dtype=torch.float64, device=_collective_device())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.slowest(float(flag)) > 0
+
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text."""
+        if self.n_ranks == 1:
+            return text
+        box = [text]
+        dist.broadcast_object_list(box, src=0, device=_collective_device())
+        return str(box[0])
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add all gradients up over the ranks, one flat buffer a dtype."""
+        if self.n_ranks == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for grads in by_dtype.values():
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            torch._foreach_copy_(
+                grads,
+                [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)],
+            )
+
+
+def join(device_type: str) -> Ranks:
+    """Return this process's place, joining the others when torchrun set the environment for it."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_ranks == 1:
+        return Ranks()
+    ranks = Ranks(int(os.environ["RANK"]), n_ranks, int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return ranks
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of `auto`, `cpu`, `cuda` or `cuda:N`; raises UserError if it is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"--device {name!r}: wanted auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = int(index) if index else local_rank
+    if wanted >= n_devices:
+        raise UserError(
+            f"--device {name}: this machine shows {n_devices} CUDA devices, and device {wanted} was wanted; "
+            "use --device cpu, or see `nanorun doctor`"
+        )
+    device = torch.device("cuda", wanted)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _collective_device() -> torch.device:
+    on_gpu = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -1,0 +1,96 @@
+"""What a record says of the machine, its software and the code that ran."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nanorun
+
+MAX_PATCH_BYTES = 2_000_000
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
+    """Return the record's `hardware`: device, counts, memory."""
+    import os
+
+    import psutil
+
+    on_gpu = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "n_devices": n_ranks,
+        "cpu_name": cpu_name(),
+        "n_cpus": os.cpu_count() or 1,
+        "n_threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def software(compiled: bool) -> dict[str, Any]:
+    """Return the record's `software`: versions that can move a result."""
+    import numpy
+
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "compiled": compiled,
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory held so far: the allocator's on CUDA, the process's resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def code_identity() -> tuple[dict[str, Any], str | None]:
+    """Return the record's `code` and, in a clone with changes, the patch from its commit."""
+    package = Path(nanorun.__file__).resolve().parent
+    commit = _git(package, "rev-parse", "HEAD")
+    tracked = commit and _git(package, "ls-files", "__init__.py")
+    if not tracked:
+        return {"version": nanorun.__version__, "commit": None, "dirty": False, "patch": None}, None
+    top = Path(_git(package, "rev-parse", "--show-toplevel") or package)
+    patch = _git(top, "diff", "HEAD", "--", "nanorun", "configs") or ""
+    new = _git(top, "ls-files", "--others", "--exclude-standard", "--", "nanorun", "configs") or ""
+    whole = patch and len(patch) <= MAX_PATCH_BYTES
+    code = {
+        "version": nanorun.__version__,
+        "commit": commit,
+        "dirty": bool(patch or new),
+        "patch": "source.patch" if whole else None,
+    }
+    return code, patch + "\n" if whole else None
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

@@ -1,0 +1,59 @@
+"""From what the command line says to runs: presets, seeds, resuming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nanorun.config import make_config, resolve
+from nanorun.errors import UserError
+from nanorun.tables import read_toml
+from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, load_track, preset_names
+from nanorun.training import distributed
+from nanorun.training.train import Options, train
+
+
+def train_seeds(
+    track_name: str | None,
+    preset: str | None,
+    settings: Sequence[str],
+    seed: int | None,
+    n_seeds: int,
+    options: dict[str, Any],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Return the results of `n_seeds` runs of one preset, one after the other, from `seed` on."""
+    track = load_track(track_name or DEFAULT_TRACK)
+    if preset is None:
+        names = preset_names(track)
+        preset = DEFAULT_PRESET if DEFAULT_PRESET in names else names[0]
+    top = {} if seed is None else {"seed": seed}
+    first = resolve(track, preset, settings, **top)
+    configs = [first.model_copy(update={"seed": first.seed + k}) for k in range(n_seeds)]
+    try:
+        return [train(config, track, Options(**options), console) for config in configs]
+    finally:
+        distributed.leave()
+
+
+def resume_run(folder: Path, console: Console) -> dict[str, Any]:
+    """Return the result of a run taken up again from its newest checkpoint that verifies."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: no run here (no config.toml); runs lie under ./runs, one folder each")
+    config = make_config(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
+    try:
+        kept = json.loads((folder / "options.json").read_text())
+        paths = {key: Path(kept[key]) for key in ("runs", "data", "records")}
+        options = Options(**{**kept, **paths})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/options.json is missing or broken ({error}); it says where data and records lie"
+        ) from None
+    try:
+        return train(config, load_track(config.track), options, console, resume=folder)
+    finally:
+        distributed.leave()

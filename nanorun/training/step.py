@@ -1,0 +1,184 @@
+"""One optimizer step: micro-batches, gradients over all ranks, clipping, update."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from nanorun.config import RunConfig
+from nanorun.data.batches import TokenSet, train_rows
+from nanorun.errors import UserError
+from nanorun.model import GPT
+from nanorun.optim.build import OptimizerSet
+from nanorun.training.distributed import Ranks
+
+MICRO_BATCH_TOKENS_CPU = 2048
+"""Tokens of one forward pass on a CPU under `micro_batch_rows = 0`; found by scripts/bench_step.py --micro."""
+
+
+class StepResult(NamedTuple):
+    """Tensors of one step, on the device: reading one waits for it."""
+
+    loss: torch.Tensor
+    """Mean loss over all tokens of the step, nats a token, before the update."""
+    grad_norm: torch.Tensor
+    """Norm of all gradients together, before clipping."""
+    bad: torch.Tensor
+    """Whether loss or gradient was not finite, so that the update did nothing."""
+    stop_votes: torch.Tensor
+    """How many ranks were asked to stop."""
+
+
+class Stepper:
+    """Carries out optimizer steps of one run on one rank.
+
+    `model` holds the weights that are kept. Under `bf16_master` the passes run on a bf16 copy, and `model` is
+    the fp32 master: 2 bytes a parameter of weights, 2 of gradients, 12 of master and Adam's moments.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizers: OptimizerSet,
+        tokens: TokenSet,
+        config: RunConfig,
+        *,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        if config.rows_per_step % ranks.n_ranks:
+            raise UserError(
+                f"train.batch_tokens holds {config.rows_per_step} rows, which {ranks.n_ranks} ranks can't share "
+                "evenly: start a number of ranks that divides it"
+            )
+        self.model, self.optimizers, self.tokens, self.config = model, optimizers, tokens, config
+        self.device, self.ranks = device, ranks
+        self.rows_of_rank = config.rows_per_step // ranks.n_ranks
+        self.micro_batch_rows = self._first_guess()
+        self.precision = chosen_precision(config.train.precision, device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        self.working = _bf16_copy(model) if self.precision == "bf16_master" else model
+        self.forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.working
+
+    def _first_guess(self) -> int:
+        asked = self.config.train.micro_batch_rows
+        if not asked:
+            on_cpu = max(1, MICRO_BATCH_TOKENS_CPU // self.config.model.context_len)
+            asked = on_cpu if self.device.type == "cpu" else self.rows_of_rank
+        return min(asked, self.rows_of_rank)
+
+    def batch(self, step: int, first: int, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets of `n_rows` rows of this rank's share of a step, on the device."""
+        start = step * self.config.rows_per_step + self.ranks.rank * self.rows_of_rank + first
+        pair = train_rows(
+            self.tokens,
+            seed=self.config.seed,
+            first_row=start,
+            n_rows=n_rows,
+            context_len=self.config.model.context_len,
+        )
+        return self.to_device(*map(torch.from_numpy, pair))
+
+    def to_device(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device.type == "cuda":
+            idx_BT, targets_BT = idx_BT.pin_memory(), targets_BT.pin_memory()
+        return idx_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
+
+    def backward(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Add one micro-batch's gradients of the step's mean loss; return its summed loss."""
+        with self.autocast:
+            loss_sum, _ = self.forward(idx_BT, targets_BT)
+        (loss_sum / self.config.train.batch_tokens).backward()
+        return loss_sum.detach()
+
+    def step(self, step: int, scale: float, *, stop_vote: bool = False) -> StepResult:
+        """Train on step `step` with learning rates scaled by `scale`."""
+        if self.config.model.dropout:
+            torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.ranks.rank)
+        loss_sum = torch.zeros((), device=self.device)
+        for first in range(0, self.rows_of_rank, self.micro_batch_rows):
+            n_rows = min(self.micro_batch_rows, self.rows_of_rank - first)
+            loss_sum += self.backward(*self.batch(step, first, n_rows))
+        shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
+        self.ranks.sum_(shared)
+        self.ranks.sum_gradients(self.working.parameters())
+        return self.update(shared[0] / self.config.train.batch_tokens, scale, shared[1])
+
+    def update(self, loss: torch.Tensor, scale: float, stop_votes: torch.Tensor) -> StepResult:
+        """Clip, flag what is not finite, and let the optimizers move the weights unless flagged."""
+        if self.working is not self.model:
+            for master, low in zip(self.model.parameters(), self.working.parameters()):
+                master.grad = None if low.grad is None else low.grad.float()
+                low.grad = None
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self.config.train.grad_clip:
+            torch._foreach_mul_(grads, (self.config.train.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
+        self.optimizers.set_scale(scale)
+        self.optimizers.step(skip=bad)
+        self.optimizers.zero_grad()
+        self.refresh_working_copy()
+        return StepResult(loss, grad_norm, bad, stop_votes)
+
+    @torch.no_grad()
+    def refresh_working_copy(self) -> None:
+        """Round the master weights into the bf16 copy, if there is one."""
+        if self.working is not self.model:
+            torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
+
+    def warm_up(self) -> None:
+        """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
+
+        On CUDA a micro-batch that does not fit is halved, and the tokens of the step stay.
+        """
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        blank = copy.deepcopy(self.optimizers.state_dict())
+        while True:
+            try:
+                self._dummy_step()
+                break
+            except torch.OutOfMemoryError:
+                self.optimizers.zero_grad()
+                gc.collect()
+                torch.cuda.empty_cache()
+                if self.micro_batch_rows == 1:
+                    raise UserError(
+                        "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
+                    ) from None
+                self.micro_batch_rows = max(1, self.micro_batch_rows // 2)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), weights)
+        self.optimizers.load_state_dict(blank)
+        self.refresh_working_copy()
+
+    def _dummy_step(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = {min(self.micro_batch_rows, self.rows_of_rank), self.rows_of_rank % self.micro_batch_rows} - {
+            0
+        }
+        loss = torch.zeros((), device=self.device)
+        for n_rows in sorted(rows, reverse=True):
+            shape = (n_rows, self.config.model.context_len)
+            idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
+            loss = self.backward(*self.to_device(idx_BT, idx_BT.clone()))
+        self.update(loss, 1.0, torch.zeros((), device=self.device))
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """Return `fp32`, `bf16` or `bf16_master`; `auto` is bf16 autocast on CUDA and fp32 elsewhere."""
+    if asked == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return asked
+
+
+def _bf16_copy(model: GPT) -> GPT:
+    # Parameters alone: the rotary tables stay in fp32.
+    low = copy.deepcopy(model)
+    for parameter in low.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return low

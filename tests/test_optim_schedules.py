@@ -1,0 +1,92 @@
+"""Schedules as pure functions of the step."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanorun.errors import UserError
+from nanorun.optim.schedules import names, scale_at
+
+
+@st.composite
+def schedules(draw):
+    steps = draw(st.integers(1, 300))
+    return draw(st.sampled_from(names())), {
+        "steps": steps,
+        "warmup_steps": draw(st.integers(0, steps)),
+        "cooldown_fraction": draw(st.floats(0, 1)),
+        "final_scale": draw(st.floats(0, 1)),
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules())
+def test_scale_rises_to_one_and_then_never_rises(schedule):
+    name, options = schedule
+    scales = [scale_at(name, step, **options) for step in range(options["steps"])]
+    warmup = options["warmup_steps"]
+    assert all(0.0 <= scale <= 1.0 for scale in scales)
+    assert all(a < b for a, b in itertools.pairwise(scales[:warmup]))
+    assert all(a >= b for a, b in itertools.pairwise(scales[warmup:]))
+    if warmup:
+        assert scales[0] > 0.0
+        assert scales[warmup - 1] == 1.0
+    assert all(scale >= options["final_scale"] - 1e-12 for scale in scales[warmup:])
+
+
+@pytest.mark.parametrize("name", names())
+def test_without_warm_up_the_first_step_is_whole(name):
+    assert scale_at(name, 0, steps=10, cooldown_fraction=0.5) == 1.0
+
+
+def test_known_values():
+    assert [scale_at("linear", s, steps=4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert [scale_at("wsd", s, steps=8, cooldown_fraction=0.5) for s in range(8)] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.75,
+        0.5,
+        0.25,
+    ]
+    assert scale_at("cosine", 5, steps=10, final_scale=0.2) == pytest.approx(0.6)
+    assert [scale_at("constant", s, steps=4, warmup_steps=2) for s in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert scale_at("linear", 9, steps=10, final_scale=0.1) == pytest.approx(0.19)
+
+
+def test_cool_down_longer_than_what_warm_up_leaves_begins_after_it():
+    scales = [scale_at("wsd", s, steps=10, warmup_steps=5, cooldown_fraction=0.9) for s in range(10)]
+    assert scales[4:6] == [1.0, 1.0]
+    assert scales[6] == pytest.approx(0.8)
+
+
+def test_unknown_schedule_names_the_nearest():
+    with pytest.raises(UserError, match="'cosine'"):
+        scale_at("cosin", 0, steps=10)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "named"),
+    [
+        (10, {"steps": 10}, "step 10"),
+        (-1, {"steps": 10}, "step -1"),
+        (0, {"steps": 0}, "steps = 0"),
+        (0, {"steps": 10, "warmup_steps": 11}, "warmup_steps = 11"),
+        (0, {"steps": 10, "cooldown_fraction": 1.5}, "cooldown_fraction = 1.5"),
+        (0, {"steps": 10, "final_scale": float("nan")}, "final_scale = nan"),
+    ],
+)
+def test_value_out_of_range_is_named(step, options, named):
+    with pytest.raises(UserError, match=named):
+        scale_at("wsd", step, **options)
+
+
+def test_schedules_import_no_torch():
+    code = "import sys, nanorun.optim.schedules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
