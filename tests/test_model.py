@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nanorun.model import GPT, rotate
+from nanorun.model import GPT, SquaredReLU, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +147,12 @@ def test_each_modern_switch_works_alone_and_changes_the_result(switch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         assert not torch.allclose(model(tokens), plain(tokens), atol=1e-4)
+
+
+def test_squared_relu_and_its_gradient_are_those_of_the_formula():
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    assert torch.equal(SquaredReLU.apply(x), torch.relu(x).square())
+    assert torch.autograd.gradcheck(SquaredReLU.apply, (x,))
 
 
 @BOTH

@@ -133,6 +133,11 @@ def test_input_is_not_written_to():
         assert torch.equal(grad_KMN, before)
 
 
+def test_overwriting_the_input_changes_no_bit_of_the_result():
+    grad_KMN = randn(2, 8, 16)
+    assert torch.equal(newton_schulz(grad_KMN.clone(), overwrite=True), newton_schulz(grad_KMN))
+
+
 def test_result_has_the_dtype_of_the_input_and_bf16_products_are_near():
     grad_KMN = randn(2, 8, 16)
     assert newton_schulz(grad_KMN.bfloat16()).dtype == torch.bfloat16

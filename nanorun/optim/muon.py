@@ -52,10 +52,13 @@ def orthogonal_momentum(
     ns_steps: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the new momentum and the orthogonalised update, both KMN; `momentum` is a number or K11."""
+    """Return the new momentum and the orthogonalised update, both KMN; `momentum` is a number or K11.
+
+    The memory of `grad_KMN` is used up.
+    """
     momentum_KMN = torch.lerp(momentum_KMN, grad_KMN, 1 - momentum)
-    update_KMN = torch.lerp(grad_KMN, momentum_KMN, momentum) if nesterov else momentum_KMN
-    return momentum_KMN, newton_schulz(update_KMN, steps=ns_steps, eps=eps)
+    update_KMN = grad_KMN.lerp_(momentum_KMN, momentum) if nesterov else momentum_KMN
+    return momentum_KMN, newton_schulz(update_KMN, steps=ns_steps, eps=eps, overwrite=nesterov)
 
 
 def update_scale(scale_rule: str, rows: int, cols: int) -> float:

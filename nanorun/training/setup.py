@@ -1,0 +1,231 @@
+"""A run before its first step: data, model, optimizers and folder, new or taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanorun.config import RunConfig
+from nanorun.data.batches import TokenSet, open_tokens
+from nanorun.data.prepare import default_out, prepare
+from nanorun.data.shards import Manifest
+from nanorun.data.sources import load_source
+from nanorun.errors import UserError
+from nanorun.model import GPT
+from nanorun.optim.build import OptimizerSet, build_optimizers
+from nanorun.tables import to_toml
+from nanorun.tracks import Track
+from nanorun.training import checkpoint
+from nanorun.training.clock import TrainingClock
+from nanorun.training.distributed import Ranks
+from nanorun.training.outcome import Outcome
+from nanorun.training.step import Stepper
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where a run's files go and how it behaves; nothing here moves a weight."""
+
+    runs: Path = Path("runs")
+    data: Path = Path("data")
+    records: Path = Path("records")
+    device: str = "auto"
+    wandb: str = "off"
+    record: bool = True
+    stop_at_target: bool = False
+    """End the run at its first validation under the target; its record says so and does not count."""
+    require_target: bool = False
+    """Fail, with exit code 1, if the last validation is above the target."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is set up: everything the loop works with."""
+
+    config: RunConfig
+    track: Track
+    options: Options
+    folder: Path
+    ranks: Ranks
+    device: torch.device
+    clock: TrainingClock
+    model: GPT
+    optimizers: OptimizerSet
+    stepper: Stepper
+    validation_tokens: TokenSet
+    console: Console
+    outcome: Outcome = dataclasses.field(default_factory=Outcome)
+    done: int = 0
+    """Steps finished."""
+    compiled: bool = False
+    stop_asked: bool = False
+    bad_step: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(-1))
+
+
+def set_up(
+    config: RunConfig,
+    track: Track,
+    options: Options,
+    console: Console,
+    clock: TrainingClock,
+    device: torch.device,
+    ranks: Ranks,
+    resume: Path | None,
+) -> Run:
+    track.check(config.model_dump())
+    folder = _data_folder(config, options)
+    _prepare_if_embedded(config, folder, console, ranks)
+    tokens, validation_tokens = open_tokens(folder, "train"), open_tokens(folder, "val")
+    manifest = _checked_manifest(config, tokens, folder)
+    model = GPT(config.model, manifest.vocab_size)
+    model.initialise(config.seed)
+    model.checkpoint_activations = config.train.checkpoint_activations
+    model.to(device)
+    optimizers = build_optimizers(model, config.optim_by_role)
+    stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
+    run_folder = resume or Path(
+        ranks.broadcast_text(str(_new_folder(config, options)) if ranks.leads else "")
+    )
+    run = Run(
+        config,
+        track,
+        options,
+        run_folder,
+        ranks,
+        device,
+        clock,
+        model,
+        optimizers,
+        stepper,
+        validation_tokens,
+        console,
+    )
+    run.bad_step = run.bad_step.to(device)
+    run.outcome.initial_weights_sha256 = checkpoint.weights_sha256(model)
+    _print_groups(run, tokens)
+    return run
+
+
+def _data_folder(config: RunConfig, options: Options) -> Path:
+    if (options.data / "manifest.json").exists():
+        return options.data
+    return default_out(config.data.corpus, config.data.tokenizer, root=options.data)
+
+
+def _prepare_if_embedded(config: RunConfig, folder: Path, console: Console, ranks: Ranks) -> None:
+    if not (folder / "manifest.json").exists():
+        corpus, tokenizer = config.data.corpus, config.data.tokenizer
+        source = load_source(corpus)
+        command = f"nanorun prepare-data {corpus} --tokenizer {tokenizer}"
+        if not source.EMBEDDED:
+            raise UserError(
+                f"{folder}: no prepared data of {corpus!r} here; make it with: {command} --input PATH"
+            )
+        say(console, f"{folder} is not there yet: preparing the embedded corpus {corpus!r} first ({command})")
+        if ranks.leads:
+            prepare(corpus, out=folder, tokenizer=tokenizer)
+    ranks.any(False)  # the others wait here until the files exist
+
+
+def _checked_manifest(config: RunConfig, tokens: TokenSet, folder: Path) -> Manifest:
+    manifest = tokens.manifest
+    assert manifest is not None
+    found = (manifest.corpus, manifest.tokenizer["name"])
+    wanted = (config.data.corpus, config.data.tokenizer)
+    if found != wanted:
+        raise UserError(
+            f"{folder} holds {found[0]!r} in {found[1]!r} tokens, and the run wants {wanted[0]!r} in {wanted[1]!r}: "
+            "move that folder away, or name another with --data"
+        )
+    return manifest
+
+
+def _new_folder(config: RunConfig, options: Options) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = options.runs / f"{stamp}-{config.track}-{config.name}-s{config.seed}"
+    for n in range(1, 1000):
+        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        (folder / "config.toml").write_text(to_toml(config.model_dump()))
+        kept = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+        (folder / "options.json").write_text(json.dumps(kept, indent=1))
+        return folder
+    raise UserError(f"{base}: a thousand runs began in this second; start again")
+
+
+def _print_groups(run: Run, tokens: TokenSet) -> None:
+    config, model = run.config, run.model
+    say(
+        run.console,
+        f"track {run.track.name}: {config.data.corpus} in {config.data.tokenizer} tokens "
+        f"({tokens.n_tokens:,} to train on), target {run.track.target_val_loss} nats a token\n"
+        f"run {run.folder}: seed {config.seed}, {model.n_parameters():,} parameters, {config.train.steps} steps of "
+        f"{config.train.batch_tokens:,} tokens on {run.device}, {run.stepper.precision}",
+    )
+    table = Table("role", "tensors", "parameters", "optimizer", "lr", box=None, pad_edge=False)
+    for row in run.optimizers.table():
+        table.add_row(row.role, str(row.tensors), f"{row.parameters:,}", row.optimizer, f"{row.lr:g}")
+    run.console.print(table)
+
+
+def read_saved(resume: Path | None, console: Console) -> checkpoint.Checkpoint | None:
+    if resume is None:
+        return None
+    if (resume / "result.json").exists():
+        raise UserError(f"{resume} is finished: its result is in result.json there; start a new run instead")
+    found, passed_over = checkpoint.load_newest(resume / "checkpoints")
+    for line in passed_over:
+        say(console, f"passed over: {line}")
+    return found
+
+
+def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
+    """Take the machine's choices from the checkpoint, and return whether to compile, `on` or `off`."""
+    before = saved.state["choices"]
+    run.stepper.micro_batch_rows = min(int(before["micro_batch_rows"]), run.stepper.rows_of_rank)
+    if run.device.type == "cpu":
+        torch.set_num_threads(int(before["n_threads"]))
+    return "on" if before["compiled"] else "off"
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    run.model.load_state_dict(saved.model, strict=True)
+    run.optimizers.load_state_dict(saved.optimizer)
+    run.stepper.refresh_working_copy()
+    run.done = int(saved.state["step"])
+    run.outcome = Outcome(**saved.state["outcome"])
+    run.outcome.resumed += 1
+    run.clock.load_state_dict(saved.state["clock"])
+    then, now = saved.state["choices"], choices(run)
+    if then != now:
+        changed = ", ".join(
+            f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]
+        )
+        say(run.console, f"note: the bits will differ from a run never stopped ({changed})")
+    say(run.console, f"resumed after step {run.done} of {run.config.train.steps} from {saved.path}")
+
+
+def choices(run: Run) -> dict[str, Any]:
+    return {
+        "micro_batch_rows": run.stepper.micro_batch_rows,
+        "compiled": run.compiled,
+        "n_threads": torch.get_num_threads(),
+        "n_ranks": run.ranks.n_ranks,
+        "torch": str(torch.__version__),
+    }
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: names in it come from files."""
+    if text:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,52 @@
+"""Every command of the README runs here, or in CI, which runs the make targets."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = ["--set", "train.steps=2", "--set", "train.warmup_steps=0", "--set", "model.dropout=0.0"]
+"""Laid over the train commands: the same paths, seconds instead of minutes."""
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_make_targets_of_the_readme_are_what_ci_runs():
+    targets = [line for line in commands() if line.startswith("make ")]
+    ci = (ROOT / ".ci/run").read_text()
+    assert targets == ["make speedrun", "make test"]
+    assert all(target in ci for target in targets)
+
+
+@pytest.mark.slow
+def test_every_nanorun_command_of_the_readme_runs(tmp_path):
+    ran = [line for line in commands() if line.startswith("nanorun ")]
+    assert len(ran) >= 8
+    for line in ran:
+        words = shlex.split(line)[1:]
+        if words[0] == "train":
+            words += SHORT
+        done = subprocess.run(
+            [sys.executable, "-m", "nanorun", *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, (line, done.stderr[-500:])
+        assert done.stdout.strip(), line
+
+
+def test_every_track_of_the_readme_exists_and_every_track_is_in_the_readme():
+    rows = re.findall(r"^\| `([a-z-]+)` \|", README, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(path.parent.name for path in (ROOT / "configs").glob("*/track.toml"))
+
+
+def test_every_local_file_the_readme_names_exists():
+    for name in ("CONTRIBUTING.md", "LICENSE", "data/README.md", "configs/sotu/README.md"):
+        assert (ROOT / name).exists(), name
