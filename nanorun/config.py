@@ -161,10 +161,6 @@ class RunConfig(_Strict):
                 f"validation.stride = {self.validation.stride} is above "
                 f"model.context_len = {self.model.context_len}"
             )
-        if self.train.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"train.warmup_steps = {self.train.warmup_steps} is above train.steps = {self.train.steps}"
-            )
         unknown = set(self.optim) - {*ROLES, "default"}
         if unknown:
             raise ValueError(f"optim.{sorted(unknown)[0]}: the roles are {', '.join(ROLES)} and default")

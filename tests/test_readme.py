@@ -36,7 +36,11 @@ def test_every_nanorun_command_of_the_readme_runs(tmp_path):
         if words[0] == "train":
             words += SHORT
         done = subprocess.run(
-            [sys.executable, "-m", "nanorun", *words], cwd=tmp_path, capture_output=True, text=True, timeout=200
+            [sys.executable, "-m", "nanorun", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert done.returncode == 0, (line, done.stderr[-500:])
         assert done.stdout.strip(), line
