@@ -77,7 +77,7 @@ def test_unknown_schedule_names_the_nearest():
         (10, {"steps": 10}, "step 10"),
         (-1, {"steps": 10}, "step -1"),
         (0, {"steps": 0}, "steps = 0"),
-        (0, {"steps": 10, "warmup_steps": 11}, "warmup_steps = 11"),
+        (0, {"steps": 10, "warmup_steps": -1}, "warmup_steps = -1"),
         (0, {"steps": 10, "cooldown_fraction": 1.5}, "cooldown_fraction = 1.5"),
         (0, {"steps": 10, "final_scale": float("nan")}, "final_scale = nan"),
     ],

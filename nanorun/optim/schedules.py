@@ -54,7 +54,8 @@ def scale_at(
 
     The warm-up rises in equal parts and reaches 1 at its last step, so no step is wasted at scale 0. The
     decay starts at 1 and would reach `final_scale` just after the last step. `linear` and `cosine` decay from
-    the end of the warm-up; `wsd` stays at 1 and decays over the last `cooldown_fraction` of all steps.
+    the end of the warm-up; `wsd` stays at 1 and decays over the last `cooldown_fraction` of all steps. A run
+    shorter than its warm-up ends inside it, as a trial of a few steps does.
     """
     check(
         name,
@@ -82,8 +83,8 @@ def check(name: str, *, steps: int, warmup_steps: int, cooldown_fraction: float,
         )
     if steps < 1:
         raise UserError(f"steps = {steps}: wanted at least 1")
-    if not 0 <= warmup_steps <= steps:
-        raise UserError(f"warmup_steps = {warmup_steps}: wanted 0 to the run's {steps} steps")
+    if warmup_steps < 0:
+        raise UserError(f"warmup_steps = {warmup_steps}: wanted at least 0")
     for option, value in (("cooldown_fraction", cooldown_fraction), ("final_scale", final_scale)):
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{option} = {value}: wanted a number from 0 to 1")
