@@ -114,7 +114,7 @@ def test_compiling_that_fails_is_said_and_the_run_goes_on(monkeypatch, capsys):
 
 
 def test_a_missed_target_fails_the_run_only_when_it_was_required():
-    with pytest.raises(RunFailed, match="above the required 1.88"):
+    with pytest.raises(RunFailed, match=r"above the required 1\.88"):
         train(require_target=True)
 
 
