@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -193,7 +194,8 @@ def _console(as_json: bool) -> Console:
 
 
 def _print_json(document: Any, as_json: bool) -> None:
-    if as_json:
+    # Under torchrun every rank has the document, and the first one prints it.
+    if as_json and os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
 
 

@@ -232,7 +232,7 @@ def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any)
     path = track.folder / f"{preset}.toml"
     changes = [parse_setting(text) for text in settings]
     for key, _ in changes:
-        if key in ("track", "name"):
+        if key.split(".")[0] in ("track", "name"):
             raise UserError(f"--set {key}: use --track or --optim")
     values = merged(
         track.fixed, read_toml(path), nested(changes), {"track": track.name, "name": preset, **top}

@@ -59,6 +59,8 @@ def find_algorithm(name: str) -> Algorithm:
     A name with a colon imports, and so executes, the code it points to. Such names come from the user's own
     config or command line only; nothing that nanorun downloads or reads from a record gets here by itself.
     """
+    if not isinstance(name, str):
+        raise UserError(f"optimizer name {name!r}: wanted a string, one of {', '.join(algorithms())}")
     if ":" in name:
         return Algorithm(name, _load_external(name), ROLE_NAMES, None)
     if name not in algorithms():
@@ -211,6 +213,10 @@ def _load_external(name: str) -> type[torch.optim.Optimizer]:
 
 
 def _import_module(where: str) -> ModuleType:
+    if not all(part.isidentifier() for part in where.split(".")):
+        raise UserError(
+            f"{where!r} is no module's name: wanted 'package.module:Class' or 'path/to/file.py:Class'"
+        )
     try:
         return importlib.import_module(where)
     except ImportError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
@@ -75,8 +76,8 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         _sync(folder)
-    except (OSError, RuntimeError) as error:
-        # torch.save and safetensors report a full disk as errors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save reports a full disk as RuntimeError, safetensors as an error of its own.
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(
             f"{final}: the checkpoint could not be written ({error}); earlier ones are untouched. "

@@ -29,8 +29,8 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
         if not pays:
             return False, line
     eager = stepper.forward
-    stepper.forward = torch.compile(stepper.working, dynamic=False)
     try:
+        stepper.forward = torch.compile(stepper.working, dynamic=False)
         stepper.warm_up()
     except Exception as error:  # the compiler's own errors have no common class
         stepper.forward = eager

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanorun.config import RunConfig
-from nanorun.data.batches import TokenSet, open_tokens
+from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
 from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source
@@ -84,6 +84,14 @@ def set_up(
     _prepare_if_embedded(config, folder, console, ranks)
     tokens, validation_tokens = open_tokens(folder, "train"), open_tokens(folder, "val")
     manifest = _checked_manifest(config, tokens, folder)
+    context_len = config.model.context_len
+    rows_per_epoch(tokens, context_len)  # both refuse a corpus that is too small
+    n_validation_windows(
+        validation_tokens,
+        n_tokens=config.validation.tokens or None,
+        context_len=context_len,
+        stride=config.validation.stride or context_len,
+    )
     model = GPT(config.model, manifest.vocab_size)
     model.initialise(config.seed)
     model.checkpoint_activations = config.train.checkpoint_activations

@@ -1,0 +1,217 @@
+"""The command line as a person meets it: the flow, the forms, signals, and what bad input gets."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanorun import cli
+
+TINY = ["train.steps=4", "train.batch_tokens=512", "validation.from_step=4"]
+TINY += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
+SPRINT = ["train", "--track", "shakespeare-sprint", *(word for one in TINY for word in ("--set", one))]
+COMMANDS = ("prepare-data", "train", "report", "sample", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def nanorun(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["nanorun", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_shows_an_example(command, nanorun):
+    code, out, _ = nanorun(command, "--help")
+    assert code == 0
+    assert f"Example: nanorun {command}" in " ".join(out.split())
+
+
+def test_each_command_names_the_next_one(nanorun):
+    code, out, _ = nanorun("prepare-data", "shakespeare")
+    assert code == 0
+    assert "next: nanorun train --track shakespeare-sprint" in out
+    code, out, _ = nanorun(*SPRINT)
+    assert code == 0
+    assert "next: nanorun report --track shakespeare-sprint" in out
+    code, out, _ = nanorun("report", "--track", "shakespeare-sprint")
+    assert code == 0
+    assert "muon" in out
+    assert "1 seed of the 3" in " ".join(out.split())
+
+
+def test_training_prepares_an_embedded_corpus_first_and_says_so(nanorun):
+    code, out, _ = nanorun(*SPRINT)
+    assert code == 0
+    assert "preparing the embedded corpus 'shakespeare' first" in out
+    assert list(Path("data/shakespeare").glob("*train*.bin"))
+
+
+def test_preparing_twice_does_nothing_the_second_time(nanorun):
+    first = json.loads(nanorun("prepare-data", "shakespeare", "--out", "shards", "--json")[1])
+    second = json.loads(nanorun("prepare-data", "shakespeare", "--out", "shards", "--json")[1])
+    assert (first["wrote"], second["wrote"]) == (True, False)
+    assert list(Path("shards").glob("*train*.bin"))
+    assert list(Path("shards").glob("*val*.bin"))
+
+
+def test_report_json_has_the_keys_that_other_programs_read(nanorun):
+    nanorun(*SPRINT)
+    document = json.loads(nanorun("report", "--track", "shakespeare-sprint", "--json")[1])
+    assert {"track", "target_val_loss", "rows"} <= set(document)
+    keys = "rank name optimizer n seconds_mean seconds_std steps_mean tokens_mean loss_mean p_value counts hardware"
+    assert set(keys.split()) <= set(document["rows"][0])
+
+
+def test_a_corrupt_record_is_named_and_the_table_still_printed(nanorun):
+    nanorun(*SPRINT)
+    broken = Path("records/shakespeare-sprint/2026-01-01-muon-00000000")
+    broken.mkdir()
+    (broken / "record.json").write_text('{"format_version": 1')
+    code, out, _ = nanorun("report", "--track", "shakespeare-sprint", "--format", "markdown")
+    assert code == 0
+    assert "| muon |" in out
+    assert "2026-01-01-muon-00000000" in out
+
+
+def test_a_sample_is_a_function_of_its_seed(nanorun):
+    nanorun(*SPRINT, "--no-record")
+    run = next(Path("runs").iterdir())
+    texts = [
+        nanorun("sample", run, "--prompt", "KING:", "--tokens", 20, "--seed", seed)[1] for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("KING:")
+    assert len(texts[0]) == len("KING:") + 20 + 1
+
+
+def test_doctor_gives_every_finding_that_is_wrong_its_mend(nanorun):
+    findings = json.loads(nanorun("doctor", "--json")[1])["findings"]
+    assert {"device", "precision", "compile", "gpt2 vocabulary", "wandb", "free disk"} <= {
+        f["topic"] for f in findings
+    }
+    assert all(finding["ok"] or finding["mend"] for finding in findings)
+
+
+def shard(path, change):
+    words = np.fromfile(path, dtype=np.uint8)
+    change(words)
+    words.tofile(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def version_2(path):
+    shard(path, lambda content: content.__setitem__(4, 2))
+
+
+def beyond_the_vocabulary(path):
+    shard(path, lambda content: content.__setitem__(slice(1024, 1026), 255))
+
+
+def flipped(path):
+    shard(path, lambda content: content.__setitem__(1024, content[1024] ^ 1))
+
+
+@pytest.mark.parametrize("damage", [cut, version_2, beyond_the_vocabulary, flipped])
+def test_a_damaged_shard_is_refused_by_its_name(damage, nanorun):
+    nanorun("prepare-data", "shakespeare")
+    path = next(Path("data/shakespeare").glob("*train*.bin"))
+    damage(path)
+    code, _, err = nanorun(*SPRINT)
+    assert code == 2
+    assert path.name in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prepare-data", "shakespear"], "Did you mean 'shakespeare'"),
+        (["prepare-data", "--tokenizer", "bite"], "Did you mean 'byte'"),
+        (["prepare-data", "text"], "--input"),
+        (["prepare-data", "text", "--input", "nowhere.txt"], "nowhere.txt"),
+        (["prepare-data", "text", "--input", "empty.txt"], "empty"),
+        (["prepare-data", "text", "--input", "latin.txt"], "byte 3"),
+        (["report", "--track", "sotoo"], "no track 'sotoo'"),
+        (["report", "--since", "yesterday"], "--since"),
+        (["sample", "runs/none"], "no such run"),
+        ([*SPRINT, "--set", "optim.matrix.lrr=1"], "Did you mean 'lr'"),
+        ([*SPRINT, "--set", "optim.matrix.name=muom"], "Did you mean 'muon'"),
+        ([*SPRINT, "--set", "steps"], "wanted key=value"),
+        ([*SPRINT, "--set", "model.context_len=600000", "--set", "train.batch_tokens=600000"], "too few"),
+        ([*SPRINT, "--device", "tpu"], "wanted auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_exit_code_2(words, said, nanorun):
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("abcé".encode("latin-1"))
+    code, _, err = nanorun(*words)
+    assert code == 2
+    assert said in err
+
+
+def test_a_full_disk_leaves_nothing_half_written(nanorun, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    nanorun("prepare-data", "shakespeare")
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = nanorun(*SPRINT)
+    assert code == 2
+    assert "No space left" in err
+    assert not [
+        path for path in Path("runs").rglob("*") if "partial" in path.name or path.name.startswith("step-")
+    ]
+    assert not list(Path().glob("records/*/*"))
+    assert nanorun("prepare-data", "sotu")[0] == 2
+    assert not list(Path("data").glob("sotu/*"))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
+    words = [sys.executable, "-m", "nanorun", *SPRINT, "--no-record"]
+    words += [
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "log.every_steps=1",
+        "--set",
+        "validation.every_steps=0",
+    ]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not any(p.stat().st_size > 200 for p in Path().glob("runs/*/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 75, err
+    folder = Path(re.search(r"nanorun train --resume (\S+)", err)[1])
+    assert list(folder.glob("checkpoints/step-*/model.safetensors"))

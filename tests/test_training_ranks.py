@@ -1,0 +1,39 @@
+"""Two ranks under torchrun do the work of one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TINY = [
+    "train.steps=5",
+    "train.batch_tokens=1024",
+    "validation.from_step=5",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "log.every_steps=1",
+]
+
+
+def trained(folder, *launcher):
+    folder.mkdir()
+    words = [sys.executable, *launcher, "-m", "nanorun", "train", "--track", "shakespeare-sprint", "--json"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    rows = (folder / result["run"] / "metrics.jsonl").read_text().splitlines()
+    return result, [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+
+
+@pytest.mark.slow
+def test_two_ranks_match_one(tmp_path):
+    one, losses_of_one = trained(tmp_path / "one")
+    two, losses_of_two = trained(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
+    assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-4)
+    assert two["initial_weights_sha256"] == one["initial_weights_sha256"]
