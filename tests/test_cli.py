@@ -32,12 +32,14 @@ def nanorun(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["nanorun", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+        code = 0
+        try:
             cli.main()
-            raise SystemExit(0)
+        except SystemExit as ended:
+            code = ended.code or 0
         out, err = capsys.readouterr()
         assert "Traceback" not in err
-        return ended.value.code or 0, out, err
+        return code, out, err
 
     return run
 
