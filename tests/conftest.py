@@ -1,0 +1,57 @@
+"""What several test files share: prepared data, and a tiny model with its optimizers and its steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nanorun.config import resolve
+from nanorun.data.batches import token_set
+from nanorun.data.prepare import prepare
+from nanorun.model import GPT
+from nanorun.optim.build import build_optimizers
+from nanorun.tracks import load_track
+from nanorun.training.distributed import Ranks
+from nanorun.training.step import Stepper
+
+VOCAB_SIZE = 65
+
+
+@pytest.fixture(scope="session")
+def shakespeare_folder(tmp_path_factory):
+    """The prepared shakespeare corpus, made once; only to be read."""
+    folder = tmp_path_factory.mktemp("data") / "shakespeare"
+    prepare("shakespeare", out=folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_settings():
+    """Settings that shrink a preset of shakespeare-sprint to eight rows of 64 tokens and one narrow block."""
+    return (
+        "train.steps=6",
+        "train.batch_tokens=512",
+        "validation.from_step=6",
+        "model.n_layer=1",
+        "model.n_head=2",
+        "model.n_embd=32",
+        "log.every_steps=1",
+    )
+
+
+@pytest.fixture
+def make_stepper(tiny_settings):
+    """Return a function from settings to a Stepper on 5000 made-up tokens that can be learned a little."""
+    numbers = np.random.default_rng(0).integers(0, VOCAB_SIZE, 5000)
+    tokens = token_set([np.minimum(numbers, np.roll(numbers, 1))])
+
+    def make(*settings, preset="muon", ranks=Ranks()):  # noqa: B008
+        config = resolve(load_track("shakespeare-sprint"), preset, [*tiny_settings, *settings])
+        model = GPT(config.model, VOCAB_SIZE)
+        model.initialise(config.seed)
+        model.checkpoint_activations = config.train.checkpoint_activations
+        optimizers = build_optimizers(model, config.optim_by_role)
+        return Stepper(model, optimizers, tokens, config, device=torch.device("cpu"), ranks=ranks)
+
+    return make

@@ -1,0 +1,347 @@
+"""The ways a run can end, and be taken up again."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.records.record import read_records
+from nanorun.training import checkpoint, compilation
+from nanorun.training.run import resume_run, train_seeds
+from nanorun.training.step import Stepper
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def train(shakespeare_folder, tiny_settings):
+    """Return a function that trains a tiny run from settings and options, and returns its result."""
+
+    def run(*settings, preset="muon", seed=0, n_seeds=1, console=QUIET, **options):
+        options = {"data": shakespeare_folder, **options}
+        track = "shakespeare-sprint"
+        return train_seeds(track, preset, [*tiny_settings, *settings], seed, n_seeds, options, console)[-1]
+
+    return run
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Return a function that has a signal come in the middle of a step, once."""
+
+    def stop(n, number=signal.SIGINT):
+        real, left = Stepper.step, [number]
+
+        def stopping(self, step, scale, *, stop_vote=False):
+            if step == n - 1 and left:
+                signal.raise_signal(left.pop())
+            return real(self, step, scale, stop_vote=stop_vote)
+
+        monkeypatch.setattr(Stepper, "step", stopping)
+
+    return stop
+
+
+def poison(monkeypatch, bad_step, what=float("nan")):
+    """Make the loss of a step not finite; warm-up, which has no number, is left alone."""
+    real_step, real_backward, now = Stepper.step, Stepper.backward, []
+
+    def step(self, step, scale, *, stop_vote=False):
+        now[:] = [step]
+        return real_step(self, step, scale, stop_vote=stop_vote)
+
+    def backward(self, idx_BT, targets_BT):
+        loss_sum = real_backward(self, idx_BT, targets_BT)
+        return loss_sum * what if now == [bad_step - 1] else loss_sum
+
+    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(Stepper, "backward", backward)
+
+
+def only_run():
+    (folder,) = Path("runs").iterdir()
+    return folder
+
+
+def metrics(folder):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_run_stopped_in_any_step_ends_as_one_never_stopped(train, stop_in_step, number, step):
+    every_two = ("validation.from_step=0", "validation.every_steps=2", "model.dropout=0.1")
+    whole = train(*every_two)
+    stop_in_step(step, number)
+    with pytest.raises(
+        Stopped, match=rf"stopped after step {step} of 6.*: nanorun train --resume "
+    ) as stopped:
+        train(*every_two)
+    resumed = resume_run(Path(str(stopped.value).rpartition(" ")[2]), QUIET)
+    for key in ("final_weights_sha256", "initial_weights_sha256", "final_val_loss", "steps"):
+        assert resumed[key] == whole[key]
+    assert metrics(resumed["run"]) == metrics(whole["run"])
+    records = {Path(one["record"]).name: one for one in (whole, resumed)}
+    found = {record.resumed: record for record in read_records(Path("records"))[0]}
+    assert len(records) == len(found) == 2
+    points = [
+        [(p["step"], p["tokens"], p["val_loss"]) for p in found[n].to_dict()["validation"]] for n in (0, 1)
+    ]
+    assert points[0] == points[1]
+    assert [step for step, *_ in points[0]] == [2, 4, 6]
+
+
+def test_the_clock_of_a_resumed_run_holds_both_parts(train, stop_in_step):
+    stop_in_step(3)
+    with pytest.raises(Stopped):
+        train()
+    before = checkpoint.load_newest(only_run() / "checkpoints")[0].state["clock"]
+    after = resume_run(only_run(), QUIET)["clock"]
+    assert after["train_seconds"] > before["train"] > 0
+    assert after["setup_seconds"] > before["setup"] > 0
+    parts = [seconds for reason, seconds in after.items() if reason != "total_seconds"]
+    assert after["total_seconds"] == pytest.approx(sum(parts))
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_gives_the_same_bits(train, stop_in_step):
+    settings = ("checkpoint.every_steps=2", "checkpoint.keep=5")
+    whole = train(*settings)
+    kept = [path.name for path in checkpoint.checkpoints(Path(whole["run"]) / "checkpoints")]
+    assert kept == ["step-00000006", "step-00000004", "step-00000002"]
+    stop_in_step(5)
+    with pytest.raises(Stopped) as stopped:
+        train(*settings)
+    folder = Path(str(stopped.value).rpartition(" ")[2])
+    weights = folder / "checkpoints" / "step-00000005" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    out = io.StringIO()
+    resumed = resume_run(folder, Console(file=out, width=400))
+    assert "passed over: " in out.getvalue()
+    assert "step-00000005: model.safetensors is missing or not what was saved" in out.getvalue()
+    assert "resumed after step 4 of 6" in out.getvalue()
+    assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
+    assert metrics(folder) == metrics(whole["run"])
+
+
+def test_ctrl_c_twice_stops_at_once_without_a_checkpoint(train, monkeypatch):
+    real = Stepper.step
+
+    def impatient(self, step, scale, *, stop_vote=False):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return real(self, step, scale, stop_vote=stop_vote)
+
+    monkeypatch.setattr(Stepper, "step", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert not list(only_run().glob("checkpoints/*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stopped_run_writes_no_record_and_no_result(train, stop_in_step):
+    stop_in_step(2)
+    with pytest.raises(Stopped):
+        train()
+    assert not Path("records").exists()
+    assert not (only_run() / "result.json").exists()
+
+
+def test_resuming_with_another_number_of_threads_than_before_keeps_the_one_before(train, stop_in_step):
+    whole = train()
+    stop_in_step(2)
+    with pytest.raises(Stopped) as stopped:
+        train()
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads + 1)
+        resumed = resume_run(Path(str(stopped.value).rpartition(" ")[2]), QUIET)
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(n_threads)
+    assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_named_with_its_rows_and_leaves_nothing_that_counts(
+    train, monkeypatch, step, what
+):
+    poison(monkeypatch, step, what)
+    rows = f"training rows {8 * step - 8} to {8 * step - 1} of seed 7"
+    with pytest.raises(RunFailed, match=rf"not finite at step {step} of 6 .*{rows}.*Lower the learning rate"):
+        train(seed=7)
+    assert not Path("records").exists()
+    assert not (only_run() / "result.json").exists()
+    assert not list(only_run().glob("checkpoints/*"))
+    assert len(metrics(only_run())) == step - 1
+
+
+def test_a_learning_rate_far_too_large_fails_the_run_before_it_counts(train):
+    huge = ("optim.default.lr=1e30", "optim.matrix.lr=1e30", "model.logit_softcap=0.0")
+    with pytest.raises(RunFailed, match=r"not finite at step|validation loss after step"):
+        train(*huge)
+    assert not Path("records").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_validation_that_is_not_finite_never_counts_as_reached(train, monkeypatch, value):
+    monkeypatch.setattr("nanorun.training.train.validation_loss", lambda *_, **__: (value, 10))
+    with pytest.raises(RunFailed, match=f"validation loss after step 6 is {value}"):
+        train()
+    assert not Path("records").exists()
+
+
+def read_as(monkeypatch, *values):
+    left = list(values)
+    monkeypatch.setattr("nanorun.training.train.validation_loss", lambda *_, **__: (left.pop(0), 10))
+
+
+EACH_STEP = ("validation.from_step=0", "validation.every_steps=1")
+
+
+def test_stopping_at_the_target_ends_the_run_and_is_recorded_as_not_complete(train, monkeypatch):
+    read_as(monkeypatch, 3.0, 1.9, 1.88)
+    result = train(*EACH_STEP, stop_at_target=True)
+    assert (result["steps"], result["reached"]["step"], result["final_val_loss"]) == (3, 3, 1.88)
+    (record,) = read_records(Path("records"))[0]
+    assert (record.stop_at_target, record.completed, record.steps, record.declared_steps) == (
+        True,
+        False,
+        3,
+        6,
+    )
+
+
+def test_a_run_that_reaches_the_target_goes_on_and_keeps_the_first_time(train, monkeypatch):
+    read_as(monkeypatch, 3.0, 1.9, 1.85, 1.9, 1.8, 1.7)
+    result = train(*EACH_STEP)
+    assert (result["steps"], result["reached"]["step"], result["final_val_loss"]) == (6, 3, 1.7)
+    (record,) = read_records(Path("records"))[0]
+    assert (record.stop_at_target, record.completed, record.steps) == (False, True, 6)
+
+
+def test_a_required_target_looks_at_the_last_validation_and_the_record_is_kept(train, monkeypatch):
+    read_as(monkeypatch, 3.0, 1.9, 1.85, 1.9, 1.8, 1.9)
+    with pytest.raises(RunFailed, match=r"reads 1\.9000, above the required 1\.88"):
+        train(*EACH_STEP, require_target=True)
+    (record,) = read_records(Path("records"))[0]
+    assert record.final_val_loss == 1.9
+    read_as(monkeypatch, *[3.0] * 5, 1.88)
+    assert train(*EACH_STEP, require_target=True)["final_val_loss"] == 1.88
+
+
+def test_seeds_follow_one_another(train):
+    last = train(seed=4, n_seeds=2)
+    assert last["final_weights_sha256"] == train(seed=5)["final_weights_sha256"]
+    assert sorted(record.seed for record in read_records(Path("records"))[0]) == [4, 5, 5]
+
+
+def test_the_length_of_a_validation_pass_and_the_log_move_no_bit(train):
+    often = train("validation.from_step=0", "validation.every_steps=1", "log.every_steps=1")
+    seldom = train("validation.every_steps=0", "log.every_steps=100", "checkpoint.every_steps=1")
+    assert often["final_weights_sha256"] == seldom["final_weights_sha256"]
+    assert often["final_val_loss"] == seldom["final_val_loss"]
+
+
+@pytest.mark.parametrize("fails", ["at once", "when called"])
+def test_compiling_that_fails_is_one_line_and_moves_no_bit(train, monkeypatch, fails):
+    eager = train()
+
+    def broken(model, **options):
+        if fails == "at once":
+            raise RuntimeError("no compiler\nand much more\nbelow")
+
+        def call(*pair):
+            raise RuntimeError("no compiler\nand much more\nbelow")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    out = io.StringIO()
+    result = train("train.compile=on", console=Console(file=out, width=400))
+    said = [line for line in out.getvalue().splitlines() if "torch.compile failed here" in line]
+    assert said == ["torch.compile failed here, going on without it: no compiler"]
+    assert "and much more" not in out.getvalue()
+    assert result["final_weights_sha256"] == eager["final_weights_sha256"]
+
+
+def test_a_short_run_on_a_cpu_is_not_compiled_and_a_long_one_is(make_stepper, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    assert compilation.compile_if_it_pays(make_stepper(), "auto", steps=6)[0] is False
+    assert compilation.compile_if_it_pays(make_stepper(), "off", steps=10**12)[0] is False
+    assert compiled == []
+    assert compilation.compile_if_it_pays(make_stepper(), "auto", steps=10**12)[0] is True
+    assert len(compiled) == 1
+
+
+def test_a_corpus_that_only_the_user_has_is_asked_for_with_the_command(tmp_path):
+    with pytest.raises(
+        UserError, match=r"no prepared data of 'text'.*nanorun prepare-data text --tokenizer byte --input"
+    ):
+        train_seeds("text", None, [], 0, 1, {}, QUIET)
+    assert not Path("runs").exists()
+
+
+def test_prepared_data_of_another_corpus_is_refused(shakespeare_folder):
+    with pytest.raises(
+        UserError, match=r"holds 'shakespeare' in 'char' tokens, and the run wants 'sotu' in 'byte'"
+    ):
+        train_seeds("sotu", None, [], 0, 1, {"data": shakespeare_folder}, QUIET)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"runs": 3, "data": 4, "records": 5}', '{"spam": 1}']
+)
+def test_a_run_folder_with_broken_options_is_named(train, stop_in_step, content):
+    stop_in_step(2)
+    with pytest.raises(Stopped):
+        train()
+    path = only_run() / "options.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"options\.json is missing or broken"):
+        resume_run(only_run(), QUIET)
+
+
+def test_resuming_works_from_another_folder(train, stop_in_step, tmp_path, monkeypatch):
+    whole = train()
+    stop_in_step(2)
+    with pytest.raises(Stopped) as stopped:
+        train()
+    folder = (tmp_path / str(stopped.value).rpartition(" ")[2]).resolve()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume_run(folder, QUIET)["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_to_resume(train, monkeypatch):
+    real = os.fsync
+    calls = []
+
+    def filling(handle):
+        calls.append(handle)
+        if len(calls) > 6:  # five for the first checkpoint
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    whole = train()
+    monkeypatch.setattr(os, "fsync", filling)
+    with pytest.raises(UserError, match="No space left on device.*earlier ones are untouched"):
+        train("checkpoint.every_steps=2")
+    monkeypatch.setattr(os, "fsync", real)
+    folder = max(Path("runs").iterdir(), key=lambda path: (len(path.name), path.name))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert resume_run(folder, QUIET)["final_weights_sha256"] == whole["final_weights_sha256"]

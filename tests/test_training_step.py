@@ -1,0 +1,219 @@
+"""One step: the same however it is cut, bounded, harmless when not finite, with masters that keep fp32."""
+
+import copy
+
+import pytest
+import torch
+
+from nanorun.errors import UserError
+from nanorun.training.checkpoint import weights_sha256
+from nanorun.training.distributed import Ranks
+from nanorun.training.step import Stepper
+
+
+def losses(stepper, n_steps=8):
+    return [float(stepper.step(step, 1.0).loss) for step in range(n_steps)]
+
+
+def gradients_at_the_update(stepper, monkeypatch):
+    """Return a list that fills with the gradients as the optimizers get to see them, flat, step by step."""
+    seen = []
+    real = stepper.optimizers.step
+
+    def watching(skip=None):
+        seen.append(torch.cat([p.grad.flatten().clone() for p in stepper.optimizers.parameters()]))
+        real(skip=skip)
+
+    monkeypatch.setattr(stepper.optimizers, "step", watching)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 7])
+def test_any_split_into_micro_batches_gives_the_same_losses(make_stepper, rows):
+    whole = losses(make_stepper("train.micro_batch_rows=8"))
+    assert losses(make_stepper(f"train.micro_batch_rows={rows}")) == pytest.approx(whole, abs=1e-5)
+    assert whole[-1] < whole[0]
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_mean_loss(make_stepper, monkeypatch):
+    stepper = make_stepper("train.micro_batch_rows=3")
+    seen = gradients_at_the_update(stepper, monkeypatch)
+    losses(stepper, 3)
+    model = copy.deepcopy(stepper.model)
+    result = stepper.step(4, 1.0)
+    loss_sum, n_predicted = model(*stepper.batch(4, 0, 8))
+    (loss_sum / n_predicted).backward()
+    names = [name for name, p in stepper.model.named_parameters()]
+    by_id = {id(p): name for name, p in stepper.model.named_parameters()}
+    order = [by_id[id(p)] for p in stepper.optimizers.parameters()]
+    assert sorted(order) == sorted(names)
+    wanted = torch.cat([dict(model.named_parameters())[name].grad.flatten() for name in order])
+    torch.testing.assert_close(seen[3], wanted, atol=1e-6, rtol=1e-4)
+    assert float(result.loss) == pytest.approx(loss_sum.item() / n_predicted.item(), abs=1e-5)
+    assert float(result.grad_norm) == pytest.approx(float(wanted.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["muon", "adamw"])
+def test_clipping_bounds_the_gradient_and_keeps_its_direction(make_stepper, monkeypatch, preset):
+    clipped, free = (
+        make_stepper("train.grad_clip=0.05", preset=preset),
+        make_stepper("train.grad_clip=0", preset=preset),
+    )
+    seen_clipped = gradients_at_the_update(clipped, monkeypatch)
+    seen_free = gradients_at_the_update(free, monkeypatch)
+    results = [stepper.step(0, 1.0) for stepper in (clipped, free)]
+    assert float(results[0].grad_norm) == float(results[1].grad_norm) > 0.05
+    assert float(seen_clipped[0].norm()) == pytest.approx(0.05, rel=1e-4)
+    assert float(torch.cosine_similarity(seen_clipped[0], seen_free[0], dim=0)) == pytest.approx(1, abs=1e-5)
+
+
+def test_clipping_leaves_a_small_gradient_alone(make_stepper, monkeypatch):
+    clipped, free = make_stepper("train.grad_clip=1000.0"), make_stepper("train.grad_clip=0")
+    seen_clipped = gradients_at_the_update(clipped, monkeypatch)
+    seen_free = gradients_at_the_update(free, monkeypatch)
+    clipped.step(0, 1.0), free.step(0, 1.0)
+    assert torch.equal(seen_clipped[0], seen_free[0])
+
+
+def state_bytes(stepper):
+    found = []
+    for optimizer in stepper.optimizers.optimizers:
+        for state in optimizer.state_dict()["state"].values():
+            found += [
+                (k, v.numpy().tobytes() if isinstance(v, torch.Tensor) else v)
+                for k, v in sorted(state.items())
+            ]
+    return found
+
+
+@pytest.mark.parametrize("preset", ["muon", "adamw"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_state(
+    make_stepper, monkeypatch, preset, value
+):
+    stepper = make_stepper("train.grad_clip=1.0", preset=preset)
+    losses(stepper, 3)
+    weights, state = weights_sha256(stepper.model), state_bytes(stepper)
+    real = Stepper.backward
+
+    def poisoned(self, idx_BT, targets_BT):
+        loss_sum = real(self, idx_BT, targets_BT)
+        next(iter(self.model.parameters())).grad[0, 0] = value
+        return loss_sum
+
+    monkeypatch.setattr(Stepper, "backward", poisoned)
+    result = stepper.step(3, 1.0)
+    assert bool(result.bad)
+    assert weights_sha256(stepper.model) == weights
+    assert state_bytes(stepper) == state
+    monkeypatch.setattr(Stepper, "backward", real)
+    assert not bool(stepper.step(4, 1.0).bad)
+    assert weights_sha256(stepper.model) != weights
+
+
+def test_a_loss_that_is_not_finite_is_flagged_though_gradients_are(make_stepper, monkeypatch):
+    stepper = make_stepper()
+    weights = weights_sha256(stepper.model)
+    real = Stepper.backward
+    monkeypatch.setattr(Stepper, "backward", lambda self, *pair: real(self, *pair) * float("nan"))
+    assert bool(stepper.step(0, 1.0).bad)
+    assert weights_sha256(stepper.model) == weights
+
+
+@pytest.mark.parametrize("preset", ["muon", "adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
+def test_a_warm_up_leaves_no_trace(make_stepper, preset, precision):
+    cold = make_stepper(f"train.precision={precision}", preset=preset)
+    warm = make_stepper(f"train.precision={precision}", preset=preset)
+    before = weights_sha256(warm.model)
+    warm.warm_up()
+    assert weights_sha256(warm.model) == before
+    assert losses(warm, 4) == losses(cold, 4)
+    assert weights_sha256(warm.model) == weights_sha256(cold.model)
+
+
+def test_a_warm_up_that_runs_out_of_memory_halves_the_micro_batch(make_stepper, monkeypatch):
+    real = Stepper.backward
+
+    def small(self, idx_BT, targets_BT):
+        if len(idx_BT) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, idx_BT, targets_BT)
+
+    monkeypatch.setattr(Stepper, "backward", small)
+    stepper = make_stepper("train.micro_batch_rows=8")
+    stepper.warm_up()
+    assert stepper.micro_batch_rows == 2
+    assert losses(stepper, 3) == pytest.approx(losses(make_stepper("train.micro_batch_rows=1"), 3), abs=1e-5)
+
+
+def test_a_row_that_fits_no_memory_is_an_error_that_says_what_helps(make_stepper, monkeypatch):
+    def full(self, idx_BT, targets_BT):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Stepper, "backward", full)
+    with pytest.raises(UserError, match="not one row fits .* --checkpoint-activations block"):
+        make_stepper().warm_up()
+
+
+def test_bf16_masters_stay_fp32_and_the_copy_is_their_rounding(make_stepper):
+    stepper = make_stepper("train.precision=bf16_master")
+    losses(stepper, 3)
+    assert {p.dtype for p in stepper.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in stepper.working.parameters()} == {torch.bfloat16}
+    for master, low in zip(stepper.model.parameters(), stepper.working.parameters(), strict=True):
+        assert torch.equal(master.bfloat16(), low)
+    assert any(not torch.equal(p.bfloat16().float(), p) for p in stepper.model.parameters())
+
+
+def test_bf16_masters_add_up_updates_below_a_bf16_step(make_stepper):
+    stepper = make_stepper("train.precision=bf16_master", preset="adamw")
+    losses(stepper, 3)
+    masters = [p.detach().clone() for p in stepper.model.parameters()]
+    copies = [p.detach().clone() for p in stepper.working.parameters()]
+    stepper.step(3, 1e-4)
+    moved = [(p != old).float().mean() for p, old in zip(stepper.model.parameters(), masters)]
+    seen = [(p != old).float().mean() for p, old in zip(stepper.working.parameters(), copies)]
+    assert (
+        min(moved[1:]) > 0.9
+    )  # not every character is in a step: the embedding, which comes first, moves less
+    assert max(seen) < 0.2
+
+
+def test_bf16_masters_follow_fp32(make_stepper):
+    low, full = (
+        losses(make_stepper("train.precision=bf16_master")),
+        losses(make_stepper("train.precision=fp32")),
+    )
+    assert low == pytest.approx(full, abs=0.02)
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+def test_recomputing_activations_gives_the_same_bits_even_with_dropout(make_stepper, arch):
+    settings = (f"model.arch={arch}", "model.dropout=0.2")
+    plain = make_stepper(*settings)
+    recomputed = make_stepper(*settings, "train.checkpoint_activations=block")
+    assert losses(plain, 4) == losses(recomputed, 4)
+    assert weights_sha256(plain.model) == weights_sha256(recomputed.model)
+
+
+def test_dropout_depends_on_seed_and_step_alone(make_stepper):
+    one, other, without = make_stepper("model.dropout=0.3"), make_stepper("model.dropout=0.3"), make_stepper()
+    losses(one, 3)
+    for stepper in (other, without):
+        stepper.model.load_state_dict(one.model.state_dict())
+    first = float(one.step(5, 0.0).loss)
+    torch.rand(17)
+    assert float(other.step(5, 0.0).loss) == first
+    assert float(without.step(5, 0.0).loss) != first
+
+
+def test_ranks_take_disjoint_shares_of_the_rows_of_one(make_stepper):
+    whole = make_stepper().batch(3, 0, 8)[0]
+    shares = [make_stepper(ranks=Ranks(rank, 2, rank)).batch(3, 0, 4)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(shares), whole)
+
+
+def test_ranks_that_do_not_divide_the_rows_are_refused(make_stepper):
+    with pytest.raises(UserError, match=r"8 rows, which 3 ranks can't share evenly: start a number of ranks"):
+        make_stepper(ranks=Ranks(0, 3, 0))
