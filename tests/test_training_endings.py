@@ -339,7 +339,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_to_resume(train
 
     whole = train()
     monkeypatch.setattr(os, "fsync", filling)
-    with pytest.raises(UserError, match="No space left on device.*earlier ones are untouched"):
+    with pytest.raises(UserError, match=r"No space left on device.*earlier ones are untouched"):
         train("checkpoint.every_steps=2")
     monkeypatch.setattr(os, "fsync", real)
     folder = max(Path("runs").iterdir(), key=lambda path: (len(path.name), path.name))

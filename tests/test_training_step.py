@@ -152,7 +152,7 @@ def test_a_row_that_fits_no_memory_is_an_error_that_says_what_helps(make_stepper
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Stepper, "backward", full)
-    with pytest.raises(UserError, match="not one row fits .* --checkpoint-activations block"):
+    with pytest.raises(UserError, match=r"not one row fits .* --checkpoint-activations block"):
         make_stepper().warm_up()
 
 

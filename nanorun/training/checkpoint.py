@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,8 +126,13 @@ def load(path: Path) -> Checkpoint:
             raise UserError(
                 f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
             )
-    optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
-    return Checkpoint(path, load_file(path / FILES[0]), optimizer, json.loads((path / FILES[2]).read_text()))
+    try:
+        optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
+        state = json.loads((path / FILES[2]).read_text())
+        return Checkpoint(path, load_file(path / FILES[0]), optimizer, state)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({reason}); remove this folder to use an older one") from None
 
 
 def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
