@@ -25,9 +25,8 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
         return False, ""
     if asked == "auto" and stepper.device.type == "cpu":
         stepper.warm_up()
-        pays, line = _pays_on_cpu(stepper, steps)
-        if not pays:
-            return False, line
+        if not _pays_on_cpu(stepper, steps):
+            return False, ""
     eager = stepper.forward
     try:
         stepper.forward = torch.compile(stepper.working, dynamic=False)
@@ -44,13 +43,11 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
     return True, ""
 
 
-def _pays_on_cpu(stepper: Stepper, steps: int) -> tuple[bool, str]:
+def _pays_on_cpu(stepper: Stepper, steps: int) -> bool:
     began = time.perf_counter()
     stepper.warm_up()
     expected = (time.perf_counter() - began) * steps * stepper.rows_of_rank / _rows_warmed(stepper)
-    if expected * COMPILE_GAIN_CPU > COMPILE_SECONDS_CPU:
-        return True, ""
-    return False, ""
+    return expected * COMPILE_GAIN_CPU > COMPILE_SECONDS_CPU
 
 
 def _rows_warmed(stepper: Stepper) -> int:
