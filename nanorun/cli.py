@@ -25,6 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+TRACKS = (
+    "sotu, shakespeare-sprint, shakespeare, text, fineweb-small, fineweb-small-optim, fineweb-medium, or a "
+    "folder of yours under ./configs"
+)
 DataDir = Annotated[Path, typer.Option("--data", help="Folder of prepared data.")]
 RecordsDir = Annotated[Path, typer.Option("--records", help="Folder of records.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
@@ -63,7 +67,7 @@ def prepare_data(
     epilog="Example: nanorun train --track sotu --optim adamw --seeds 3 --set optim.default.lr=0.003"
 )
 def train(
-    track: Annotated[str | None, typer.Option(help="The competition; see configs/.")] = None,
+    track: Annotated[str | None, typer.Option(help=f"The competition: {TRACKS}.")] = None,
     optim: Annotated[str | None, typer.Option(help="A preset: a config's name under the track.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The first seed.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to train, one after the other.")] = 1,

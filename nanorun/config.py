@@ -125,7 +125,7 @@ class ValidationConfig(_Strict):
 
 
 class CheckpointConfig(_Strict):
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(100, ge=0)
     """Steps between checkpoints; 0 saves after the last step and on a signal alone."""
     keep: int = Field(2, ge=1)
 

@@ -59,9 +59,10 @@ class Track(BaseModel):
         values = flattened(config)
         for key, wanted in flattened(self.fixed).items():
             if values.get(key) != wanted:
+                free = [name for name in track_names() if load_track(name).kind == "open"]
                 raise UserError(
                     f"track {self.name!r} fixes {key} = {wanted!r}, and this run has {values.get(key)!r}: leave "
-                    f"{key} out, or pick an open track (nanorun train --help lists them)"
+                    f"{key} out, or pick an open track: {', '.join(free)}"
                 )
 
 

@@ -51,6 +51,14 @@ def test_the_help_of_every_command_shows_an_example(command, nanorun):
     assert f"Example: nanorun {command}" in " ".join(out.split())
 
 
+def test_the_help_of_train_names_every_track(nanorun):
+    _, out, _ = nanorun("train", "--help")
+    named = "".join(out.split())
+    shipped = [path.parent.name for path in (Path(cli.__file__).parent.parent / "configs").glob("*/track.toml")]
+    assert len(shipped) >= 6
+    assert all(name in named for name in shipped)
+
+
 def test_each_command_names_the_next_one(nanorun):
     code, out, _ = nanorun("prepare-data", "shakespeare")
     assert code == 0
@@ -166,6 +174,7 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, nanorun):
         ([*SPRINT, "--set", "steps"], "wanted key=value"),
         ([*SPRINT, "--set", "model.context_len=600000", "--set", "train.batch_tokens=600000"], "too few"),
         ([*SPRINT, "--device", "tpu"], "wanted auto, cpu, cuda"),
+        (["train", "--track", "fineweb-small"], "no prepared 'fineweb10B' here"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_exit_code_2(words, said, nanorun):

@@ -33,7 +33,7 @@ def test_the_sotu_model_has_one_to_three_million_parameters():
 @pytest.mark.parametrize("key", ["train.batch_tokens=8192", "model.dropout=0.1", "validation.tokens=1000"])
 def test_a_fixed_key_is_refused_with_both_values_and_the_mend(key):
     with pytest.raises(
-        UserError, match=r"fixes .* = .*, and this run has .*: leave .* out, or pick an open track"
+        UserError, match=r"fixes .* = .*, and this run has .*: leave .* out, or pick an open track: .*text"
     ):
         resolve(load_track("sotu"), "muon", [key])
 

@@ -16,7 +16,7 @@ from nanorun.config import RunConfig
 from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
 from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import Manifest
-from nanorun.data.sources import load_source
+from nanorun.data.sources import load_source, source_names
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet, build_optimizers
@@ -124,6 +124,11 @@ def set_up(
 def _data_folder(config: RunConfig, options: Options) -> Path:
     if (options.data / "manifest.json").exists():
         return options.data
+    if config.data.corpus not in source_names():
+        raise UserError(
+            f"{options.data}: no prepared {config.data.corpus!r} here, and this version of nanorun can't make it "
+            f"(it prepares {', '.join(source_names())}); pick a track on one of those, such as sotu"
+        )
     return default_out(config.data.corpus, config.data.tokenizer, root=options.data)
 
 
