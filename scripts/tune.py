@@ -7,11 +7,17 @@ The space is a TOML file, `configs/<track>/search/<preset>.toml`, with one table
     high = 0.08
     scale = "log"        # or "linear", or "log1m": 1 - value is spread evenly in the logarithm
 
+    [space."model.zero_init_projections"]
+    choices = [true, false]
+
 A key may end in a list's index, as in "optim.default.betas.1". The points are the first of scipy's scrambled
 Sobol sequence (seed 0), as AlgoPerf's external tuning draws its own. Trials are written as JSON after each one;
 the same command goes on where it was stopped. The score is the validation loss at the declared last step.
 
-    python scripts/tune.py --track sotu --optim muon --trials 16 --set train.steps=120 \
+`--around FILE` searches a smaller box around the best trial of an earlier search: each dimension keeps
+`--shrink` of its width, moved inwards where it would leave the space, and each choice is the best trial's.
+
+    python scripts/tune.py --track sotu --optim muon --trials 32 --set train.steps=140 \
         --out records/benchmarks/tune-sotu-muon.json
 """
 
@@ -22,6 +28,7 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +38,64 @@ from nanorun.tables import read_toml
 from nanorun.tracks import load_track
 
 
-def points(space: dict[str, dict[str, Any]], n: int) -> list[dict[str, float]]:
-    """Return the first `n` Sobol points of the space, values rounded to three digits."""
+def points(
+    space: dict[str, dict[str, Any]], n: int, around: dict[str, Any] | None = None, shrink: float = 0.4
+) -> list[dict[str, Any]]:
+    """Return the first `n` Sobol points of the space, or of its part around a point; three digits each."""
     from scipy.stats import qmc
 
-    unit = qmc.Sobol(len(space), scramble=True, rng=0).random(2 ** math.ceil(math.log2(max(n, 2))))[:n]
-    keys = list(space)
-    return [{key: value_at(space[key], float(u)) for key, u in zip(keys, row)} for row in unit]
+    drawn = qmc.Sobol(len(space), scramble=True, rng=0).random(2 ** math.ceil(math.log2(max(n, 2))))[:n]
+    found = []
+    for row in drawn.tolist():
+        point = {}
+        for (key, dimension), u in zip(space.items(), row):
+            if around is None:
+                point[key] = value_at(dimension, u)
+            elif "choices" in dimension:
+                point[key] = around[key]
+            else:
+                start = min(max(place_of(dimension, around[key]) - shrink / 2, 0.0), 1.0 - shrink)
+                point[key] = value_at(dimension, start + shrink * u)
+        found.append(point)
+    return found
 
 
-def value_at(dimension: dict[str, Any], u: float) -> float:
-    """Return the value at `u` in [0, 1] of one dimension."""
-    low, high, scale = dimension["low"], dimension["high"], dimension.get("scale", "linear")
-    if scale == "log":
-        value = math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
-    elif scale == "log1m":
-        value = 1 - math.exp(math.log(1 - low) + u * (math.log(1 - high) - math.log(1 - low)))
-    elif scale == "linear":
-        value = low + u * (high - low)
-    else:
-        raise UserError(f"scale {scale!r}: wanted log, linear or log1m")
-    digits = 5 if scale == "log1m" else 3
-    return round(value, digits) if scale == "log1m" else float(f"{value:.{digits}g}")
+def value_at(dimension: dict[str, Any], u: float) -> Any:
+    """Return the value at `u` in [0, 1) of one dimension."""
+    if "choices" in dimension:
+        return dimension["choices"][int(u * len(dimension["choices"]))]
+    to, back = _scale(dimension)
+    value = back(to(dimension["low"]) + u * (to(dimension["high"]) - to(dimension["low"])))
+    return round(value, 5) if dimension.get("scale") == "log1m" else float(f"{value:.3g}")
 
 
-def as_settings(point: dict[str, float], preset: dict[str, Any]) -> list[str]:
+def place_of(dimension: dict[str, Any], value: float) -> float:
+    """Return the place in [0, 1] of a value of one dimension: the inverse of `value_at`."""
+    to, _ = _scale(dimension)
+    low, high = to(dimension["low"]), to(dimension["high"])
+    return (to(value) - low) / (high - low)
+
+
+def _scale(dimension: dict[str, Any]) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    name = dimension.get("scale", "linear")
+    scales: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+        "linear": (lambda x: x, lambda y: y),
+        "log": (math.log, math.exp),
+        "log1m": (lambda x: math.log(1 - x), lambda y: 1 - math.exp(y)),
+    }
+    if name not in scales:
+        raise UserError(f"scale {name!r}: wanted one of {', '.join(scales)}, or a list of choices")
+    return scales[name]
+
+
+def as_settings(point: dict[str, Any], preset: dict[str, Any]) -> list[str]:
     """Return `--set` texts of a point; indices into a list are laid over the preset's own list."""
     lists: dict[str, list[float]] = {}
     settings = []
     for key, value in point.items():
         stem, _, index = key.rpartition(".")
         if not index.isdigit():
-            settings.append(f"{key}={value}")
+            settings.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
             continue
         if stem not in lists:
             node: Any = preset
@@ -81,6 +114,8 @@ def main() -> None:
     parser.add_argument("--optim", required=True)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="held for all trials")
+    parser.add_argument("--around", type=Path, help="an earlier search: look near its best trial")
+    parser.add_argument("--shrink", type=float, default=0.4, help="share of each dimension's width kept then")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument(
@@ -98,17 +133,19 @@ def search(arguments: argparse.Namespace) -> None:
     track = load_track(arguments.track)
     space = read_toml(track.folder / "search" / f"{arguments.optim}.toml")["space"]
     preset = read_toml(track.folder / f"{arguments.optim}.toml")
+    around = best_trial(json.loads(arguments.around.read_text()))["point"] if arguments.around else None
     document: dict[str, Any] = {
         "track": arguments.track,
         "optim": arguments.optim,
         "held": arguments.settings,
         "seed": arguments.seed,
+        "around": around,
         "space": space,
         "trials": [],
     }
     if arguments.out.exists():
         document = json.loads(arguments.out.read_text())
-    for number, point in enumerate(points(space, arguments.trials)):
+    for number, point in enumerate(points(space, arguments.trials, around, arguments.shrink)):
         if number < len(document["trials"]):
             continue
         settings = [*arguments.settings, *as_settings(point, preset)]
@@ -119,10 +156,16 @@ def search(arguments: argparse.Namespace) -> None:
         beside.write_text(json.dumps(document, indent=1))
         beside.replace(arguments.out)
         print(json.dumps(trial), flush=True)
-    best = min(document["trials"], key=lambda t: t["final_val_loss"] or math.inf)
+    best = best_trial(document)
     print(
         f"best of {len(document['trials'])}: trial {best['trial']}, {best['final_val_loss']}: {best['point']}"
     )
+
+
+def best_trial(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the trial with the least loss of a search."""
+    found: dict[str, Any] = min(document["trials"], key=lambda t: t["final_val_loss"] or math.inf)
+    return found
 
 
 def run_trial(arguments: argparse.Namespace, track: Any, settings: list[str]) -> dict[str, Any]:
