@@ -54,7 +54,9 @@ def test_the_help_of_every_command_shows_an_example(command, nanorun):
 def test_the_help_of_train_names_every_track(nanorun):
     _, out, _ = nanorun("train", "--help")
     named = "".join(out.split())
-    shipped = [path.parent.name for path in (Path(cli.__file__).parent.parent / "configs").glob("*/track.toml")]
+    shipped = [
+        path.parent.name for path in (Path(cli.__file__).parent.parent / "configs").glob("*/track.toml")
+    ]
     assert len(shipped) >= 6
     assert all(name in named for name in shipped)
 
