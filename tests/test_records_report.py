@@ -23,10 +23,10 @@ from nanorun.records.report import (
     build_table,
     clean,
     comparison_line,
+    next_command,
     print_terminal,
     to_csv,
     to_dict,
-    to_json,
     to_markdown,
 )
 from nanorun.records.significance import Rule
@@ -283,7 +283,7 @@ def test_one_preset_alone_is_compared_with_nothing():
 
 def test_the_json_has_the_promised_keys_and_null_for_no_number():
     table = build_table(SOTU, seeds(1), skipped=[Skipped(Path("records/sotu/x"), "name is missing")])
-    content = json.loads(to_json(table))
+    content = json.loads(json.dumps(to_dict(table), allow_nan=False))
     assert content == json.loads(json.dumps(to_dict(table)))
     assert (content["track"], content["target_val_loss"]) == ("sotu", TARGET)
     assert set(content["rows"][0]) >= ISSUE_KEYS
@@ -291,7 +291,27 @@ def test_the_json_has_the_promised_keys_and_null_for_no_number():
     assert content["rows"][0]["rank"] is None
     assert content["comparison"] is None
     assert content["skipped"] == [{"path": "records/sotu/x", "why": "name is missing"}]
-    assert json.loads(to_json(build_table(SOTU, [])))["rows"] == []
+    assert to_dict(build_table(SOTU, []))["rows"] == []
+
+
+def test_the_comparison_is_the_last_line_of_table_and_markdown():
+    table = build_table(SOTU, [*seeds(), *seeds(name="adamw", seconds=58)], skipped=[Skipped(Path("x"), "y")])
+    for shown in (printed(table, 300), to_markdown(table)):
+        assert "times sooner" in shown.splitlines()[-1]
+
+
+def test_the_next_command_adds_what_the_table_lacks():
+    presets = ["adamw", "muon"]
+    assert next_command(build_table(SOTU, seeds(1)), presets).startswith(
+        "nanorun train --track sotu --optim muon --seed 1 --seeds 2  #"
+    )
+    stopped = seeds(1, stop_at_target=True)
+    assert "--optim muon --seed 1 --seeds 3 " in next_command(build_table(SOTU, stopped), presets)
+    assert next_command(build_table(SOTU, seeds()), presets) == (
+        "nanorun train --track sotu --optim adamw --seeds 3"
+    )
+    both = build_table(SOTU, [*seeds(), *seeds(name="adamw", seconds=58)])
+    assert "--optim muon --seeds 3 --set KEY=VALUE" in next_command(both, presets)
 
 
 @pytest.mark.parametrize("width", [80, 120])

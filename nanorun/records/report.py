@@ -478,6 +478,21 @@ def rule_line(table: Table) -> str:
     )
 
 
+def next_command(table: Table, presets: Sequence[str]) -> str:
+    """The command that this table asks for: a seed or a preset that is missing, else a run to beat the best."""
+    name, wanted = clean(table.track.name), table.track.rule.n
+    lacking = next((row for row in table.rows if row.n < wanted and row.preset in presets), None)
+    absent = [preset for preset in presets if preset not in {row.preset for row in table.rows}]
+    if lacking:
+        lacks = wanted - lacking.n
+        more = f"--seed {lacking.seeds} --seeds {lacks}" if lacking.seeds else f"--seeds {lacks}"
+        return f"nanorun train --track {name} --optim {lacking.preset} {more}  # with the same --set, if there was one"
+    if absent:
+        return f"nanorun train --track {name} --optim {absent[0]} --seeds {wanted}"
+    best = next((row.preset for row in table.rows if row.preset in presets), presets[0])
+    return f"nanorun train --track {name} --optim {best} --seeds {wanted} --set KEY=VALUE  # to beat it"
+
+
 def empty_line(table: Table) -> str | None:
     """For a table without rows: why, and the next command."""
     if table.rows:
@@ -505,11 +520,6 @@ def to_dict(table: Table) -> dict[str, Any]:
         "skipped": [{"path": str(path), "why": why} for path, why in table.skipped],
         "filtered_out": table.filtered_out,
     }
-
-
-def to_json(table: Table) -> str:
-    """The table as one JSON document, in ASCII."""
-    return json.dumps(to_dict(table), indent=2, allow_nan=False)
 
 
 def to_csv(table: Table) -> str:
@@ -563,17 +573,17 @@ def _markdown(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def _lines_under(table: Table) -> Iterator[str]:
-    """What stands under the table in every format for people, the hardware aside."""
+    """What stands under the table in every format for people, the hardware aside; the comparison is last."""
     if table.rows:
         yield rule_line(table)
-    comparison = comparison_line(table)
-    if comparison:
-        yield comparison
     yield from table.notes
     for path, why in table.skipped[:SHOWN_SKIPS]:
         yield f"skipped {path}: {why}"
     if len(table.skipped) > SHOWN_SKIPS:
         yield f"skipped {len(table.skipped) - SHOWN_SKIPS} more; --json names them all"
+    comparison = comparison_line(table)
+    if comparison:
+        yield comparison
 
 
 def print_terminal(table: Table, console: Console) -> None:

@@ -9,8 +9,17 @@ from rich.console import Console
 
 from nanorun.errors import UserError
 from nanorun.records.record import Record, Skipped, read_records
-from nanorun.records.report import Table, TrackView, build_table, print_terminal, to_csv, to_dict, to_markdown
-from nanorun.tracks import DEFAULT_TRACK, load_track, track_names
+from nanorun.records.report import (
+    Table,
+    TrackView,
+    build_table,
+    next_command,
+    print_terminal,
+    to_csv,
+    to_dict,
+    to_markdown,
+)
+from nanorun.tracks import DEFAULT_TRACK, load_track, preset_names, track_names
 
 
 def report_text(
@@ -27,7 +36,7 @@ def report_text(
     if form == "json":
         documents = [to_dict(table) for table in tables]
         whole = documents[0] if track else {"tracks": documents}
-        return json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
@@ -37,6 +46,11 @@ def report_text(
     with console.capture() as captured:
         for table in tables:
             print_terminal(table, console)
+            if table.rows:
+                presets = preset_names(load_track(table.track.name))
+                console.print(
+                    f"next: {next_command(table, presets)}", style="dim", markup=False, highlight=False
+                )
     return captured.get()
 
 
