@@ -10,9 +10,10 @@ The space is a TOML file, `configs/<track>/search/<preset>.toml`, with one table
     [space."model.zero_init_projections"]
     choices = [true, false]
 
-A key may end in a list's index, as in "optim.default.betas.1". The points are the first of scipy's scrambled
-Sobol sequence (seed 0), as AlgoPerf's external tuning draws its own. Trials are written as JSON after each one;
-the same command goes on where it was stopped. The score is the validation loss at the declared last step.
+Whole numbers for `low` and `high` give whole values. A key may end in a list's index, as in
+"optim.default.betas.1". The points are the first of scipy's scrambled Sobol sequence (seed 0), as AlgoPerf's
+external tuning draws its own. Trials are written as JSON after each one; the same command goes on where it was
+stopped. The score is the validation loss at the declared last step.
 
 `--around FILE` searches a smaller box around the best trial of an earlier search: each dimension keeps
 `--shrink` of its width, moved inwards where it would leave the space, and each choice is the best trial's.
@@ -66,6 +67,8 @@ def value_at(dimension: dict[str, Any], u: float) -> Any:
         return dimension["choices"][int(u * len(dimension["choices"]))]
     to, back = _scale(dimension)
     value = back(to(dimension["low"]) + u * (to(dimension["high"]) - to(dimension["low"])))
+    if isinstance(dimension["low"], int):
+        return round(value)
     return round(value, 5) if dimension.get("scale") == "log1m" else float(f"{value:.3g}")
 
 
