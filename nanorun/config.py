@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -163,7 +164,10 @@ class RunConfig(_Strict):
             )
         unknown = set(self.optim) - {*ROLES, "default"}
         if unknown:
-            raise ValueError(f"optim.{sorted(unknown)[0]}: the roles are {', '.join(ROLES)} and default")
+            role = sorted(unknown)[0]
+            raise ValueError(
+                f"optim.{role}: the roles are {', '.join(ROLES)} and default.{nearest(role, [*ROLES, 'default'])}"
+            )
         return self
 
     @property
@@ -190,7 +194,7 @@ def make_config(values: Mapping[str, Any], *, where: str) -> RunConfig:
         return RunConfig.model_validate(dict(values))
     except ValidationError as error:
         lines = [_explained(one) for one in error.errors()]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
+        raise UserError(f"{'; '.join(lines)} (in {where})") from None
 
 
 def known_keys() -> list[str]:
@@ -214,9 +218,18 @@ def _explained(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
-    if not key:
+    if not key or error["type"] == "value_error":
         return str(message)
-    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key} = {error['input']!r}: wanted a table of its keys, such as {_below(key)}"
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        hint = "." + nearest(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+    return f"{key} = {error['input']!r}: {message[0].lower()}{message[1:]}{hint.rstrip('.')}"
+
+
+def _below(key: str) -> str:
+    return next((known for known in known_keys() if known.startswith(f"{key}.")), f"{key}.lr")
 
 
 def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any) -> RunConfig:

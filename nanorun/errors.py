@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake the user can mend: what was found, what was wanted, how to mend it. Exit code 2."""
@@ -9,6 +11,9 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that ended without its result: diverged, or missed a required target. Exit code 1."""
+
+    result: dict[str, Any] | None = None
+    """What `--json` prints all the same, of a run that only missed its target."""
 
 
 class Stopped(Exception):

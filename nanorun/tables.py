@@ -18,9 +18,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key or not raw:
         raise UserError(f"--set {text!r}: wanted key=value, for example --set train.steps=100")
     try:
-        return key, tomllib.loads(f"value = {raw}")["value"]
+        table = tomllib.loads(f"value = {raw}")
     except (tomllib.TOMLDecodeError, RecursionError):
         return key, raw
+    # A line break in the value would begin another key.
+    return key, table["value"] if list(table) == ["value"] else raw
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nanorun.errors import UserError, nearest
+from nanorun.names import is_track_name
 from nanorun.tables import flattened, read_toml
 
 DEFAULT_TRACK = "sotu"
@@ -59,11 +60,25 @@ class Track(BaseModel):
         values = flattened(config)
         for key, wanted in flattened(self.fixed).items():
             if values.get(key) != wanted:
-                free = [name for name in track_names() if load_track(name).kind == "open"]
+                elsewhere = "pick another track" if self.kind == "open" else "pick an open track"
+                names = ", ".join(name for name in _tracks_without(key, wanted) if name != self.name)
                 raise UserError(
                     f"track {self.name!r} fixes {key} = {wanted!r}, and this run has {values.get(key)!r}: leave "
-                    f"{key} out, or pick an open track: {', '.join(free)}"
+                    f"{key} out" + (f", or {elsewhere}: {names}" if names else "")
                 )
+
+
+def _tracks_without(key: str, wanted: Any) -> list[str]:
+    """Return the tracks that do not fix `key` to `wanted`, optimizer tracks aside; a broken one is left out."""
+    names = []
+    for name in track_names():
+        try:
+            track = load_track(name)
+        except UserError:
+            continue
+        if track.kind == "open" and flattened(track.fixed).get(key) != wanted:
+            names.append(name)
+    return names
 
 
 def config_folders() -> list[Path]:
@@ -84,7 +99,12 @@ def load_track(name: str) -> Track:
         known = track_names()
         raise UserError(f"no track {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
     path = next(p for f in config_folders() if (p := f / name / "track.toml").is_file())
-    values = {"name": name, **read_toml(path), "folder": path.parent}
+    if not is_track_name(name):
+        raise UserError(
+            f"{path.parent}: {name!r} cannot be a track's name; rename the folder to at most 64 letters, digits, "
+            "dots, dashes and underscores that begin with a letter or digit (and not 'benchmarks')"
+        )
+    values = {**read_toml(path), "name": name, "folder": path.parent}
     try:
         return Track.model_validate(values)
     except ValidationError as error:

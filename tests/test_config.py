@@ -108,3 +108,7 @@ def test_dotted_keys_come_back_from_nested_tables(settings):
     table = nested(settings.items())
     assert nested(flattened(table).items()) == table
     assert merged(table, table) == table
+
+
+def test_a_line_break_in_a_setting_begins_no_other_key():
+    assert parse_setting("train.steps=1\nother = 3") == ("train.steps", "1\nother = 3")

@@ -104,7 +104,8 @@ def test_contradicting_any_fixed_key_names_the_key_both_values_and_the_mend(trac
         loaded.check(config)
     text = str(refused.value)
     assert f"{track!r} fixes {key} = {wanted!r}, and this run has {config[section][name]!r}" in text
-    assert f"leave {key} out, or pick an open track" in text
+    assert f"leave {key} out" in text
+    assert track not in text.partition(" track: ")[2].split(", ")
 
 
 def test_repeating_what_a_track_fixes_is_no_contradiction():
@@ -187,3 +188,23 @@ def test_a_track_that_is_no_text_is_named(own_track):
 def test_dotted_keys_of_a_shipped_file_come_back_as_tables(name):
     table = tomllib.loads((SHIPPED / name / "track.toml").read_text())
     assert nested(flattened(table).items()) == table
+
+
+@pytest.mark.parametrize("name", ["my track", "benchmarks", "a" * 65, ".hidden"])
+def test_a_folder_that_cannot_be_a_tracks_name_is_refused_before_anything_is_trained(
+    name, tmp_path, monkeypatch
+):
+    folder = tmp_path / "configs" / name
+    folder.mkdir(parents=True)
+    (folder / "track.toml").write_text((SHIPPED / "sotu/track.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be a track's name"):
+        load_track(name)
+
+
+def test_a_track_is_called_what_its_folder_is(tmp_path, monkeypatch):
+    folder = tmp_path / "configs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "track.toml").write_text('name = "other"\n' + (SHIPPED / "sotu/track.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert load_track("mine").name == "mine"

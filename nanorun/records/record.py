@@ -22,15 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from nanorun.errors import UserError
+from nanorun.names import NO_TRACK, is_track_name
 
 FORMAT_VERSION = 1
 MAX_BYTES = 100_000
 """A record.json is smaller than this, written or read."""
-NO_TRACK = frozenset({"benchmarks"})
-"""Folders under `records/` that hold something else."""
 
 _ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
-_TRACK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
 _CLOCK_KEYS = tuple(f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total"))
 _DEEPEST_CONFIG = 16
@@ -99,10 +97,16 @@ class Hardware:
     n_cpus: int
     n_threads: int
     memory_gib: float
+    earlier: str = ""
+    """Label of the machine that earlier parts of a resumed run were made on, where that was another."""
 
     @property
     def label(self) -> str:
         """One short text; runs whose labels differ are never averaged."""
+        return f"{self.earlier} then {self._present}" if self.earlier else self._present
+
+    @property
+    def _present(self) -> str:
         if self.device == "cuda":
             return f"{self.n_devices} × {self.device_name}"
         name = " ".join(re.sub(r"\((R|TM|r|tm)\)|\bCPU\b", " ", self.cpu_name).split()) or "unnamed CPU"
@@ -359,7 +363,7 @@ def _check_words(record: Record) -> None:
     """Raise RecordError for a text that is not of its form; ids and tracks become paths."""
     if not _ID.fullmatch(record.id):
         raise RecordError(f"is {_shown(record.id)}; wanted the form 2026-11-24-muon-1a2b3c4d", "id")
-    if not _TRACK.fullmatch(record.track) or record.track in NO_TRACK:
+    if not is_track_name(record.track):
         raise RecordError(f"is {_shown(record.track)}; wanted a track's name", "track")
     if not record.name.strip():
         raise RecordError("is empty; wanted the preset's name", "name")

@@ -1,0 +1,23 @@
+"""Files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from nanorun.errors import UserError
+
+
+def write_whole(path: Path, text: str, *, mend: str) -> None:
+    """Leave `text` at `path`, its folder made first, or nothing; UserError with the path, why, and `mend`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {mend}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink()

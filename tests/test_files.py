@@ -1,0 +1,35 @@
+"""Files are written whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from nanorun.errors import UserError
+from nanorun.files import write_whole
+
+
+def test_a_file_is_written_with_its_folder(tmp_path):
+    write_whole(tmp_path / "a" / "b.txt", "text", mend="mend it")
+    assert (tmp_path / "a" / "b.txt").read_text() == "text"
+    assert len(list((tmp_path / "a").iterdir())) == 1
+
+
+def test_a_disk_that_fills_leaves_the_file_before_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "b.txt"
+    path.write_text("before")
+    real = Path.write_text
+
+    def filling(self, text, **options):
+        real(self, text[:2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", filling)
+    with pytest.raises(UserError, match=r"b\.txt: cannot be written \(No space left on device\); mend it"):
+        write_whole(path, "after", mend="mend it")
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(UserError, match=r"a/b\.txt: cannot be written"):
+        write_whole(tmp_path / "a" / "b.txt", "text", mend="mend it")
