@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,11 +14,14 @@ from nanorun.model import GPT
 from nanorun.tables import read_toml
 from nanorun.training import checkpoint
 
+SMALLEST_TEMPERATURE = 1e-4
+"""Below it the likeliest token is taken: logits differ by more than fp32's rounding, and nothing overflows."""
+
 
 def load_model(run: Path) -> tuple[GPT, Tokenizer]:
     """Return the model and the tokenizer of a run's newest checkpoint that verifies."""
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run; runs lie under ./runs, one folder each")
+    if not (run / "config.toml").is_file():
+        raise UserError(f"{run}: no such run (no config.toml there); runs lie under ./runs, one folder each")
     config = make_config(read_toml(run / "config.toml"), where=str(run / "config.toml"))
     saved, _ = checkpoint.load_newest(run / "checkpoints")
     tokenizer = tokenizer_from_manifest(saved.state["tokenizer"])
@@ -45,7 +49,7 @@ def generate(
 
 
 def _pick(logits_V: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> torch.Tensor:
-    if temperature == 0:
+    if temperature < SMALLEST_TEMPERATURE:
         return logits_V.argmax()[None]
     if 0 < top_k < len(logits_V):
         floor = logits_V.topk(top_k).values[-1]
@@ -55,6 +59,12 @@ def _pick(logits_V: torch.Tensor, temperature: float, top_k: int, generator: tor
 
 def sample(run: Path, *, prompt: str, n_tokens: int, temperature: float, top_k: int, seed: int) -> str:
     """Return the prompt and the text that the run's model writes after it."""
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature {temperature}: wanted a number of 0 or more, such as 0.8")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8; wanted text, such as --prompt 'My fellow citizens'") from None
     model, tokenizer = load_model(run)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     # An empty prompt starts at a document's beginning, or at a line's where the tokens know no document.

@@ -56,9 +56,11 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{path}: the disk is full; nothing half-written was left. Free some space or choose another "
-            "--out."
+            "folder with --data."
         )
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.")
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); choose another folder with --data."
+    )
 
 
 class ShardWriter:

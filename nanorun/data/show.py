@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from nanorun.data.prepare import default_out, prepare
+from nanorun.data.prepare import Prepared, default_out, prepare
+from nanorun.tracks import DEFAULT_TRACK, load_track, track_names
 
 
 def prepare_and_show(
@@ -23,33 +24,21 @@ def prepare_and_show(
     console: Console,
 ) -> dict[str, Any]:
     """Prepare a corpus under a progress bar with tokens/s; return the summary that `--json` prints."""
-    folder = out or default_out(corpus, tokenizer, root=root)
-    columns = (
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,.0f} tokens"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
+    done = _prepare_under_a_bar(
+        console,
+        corpus,
+        out=out or default_out(corpus, tokenizer, root=root),
+        tokenizer=tokenizer,
+        inputs=inputs,
+        workers=workers,
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def on_progress(split: str, n_tokens: int) -> None:
-            if split not in tasks:
-                tasks[split] = progress.add_task(f"{corpus} {split}", total=None, rate="")
-            progress.update(tasks[split], advance=n_tokens)
-            speed = progress.tasks[-1].speed
-            progress.update(tasks[split], rate=f"{speed / 1e6:.1f}M tokens/s" if speed else "")
-
-        done = prepare(
-            corpus, out=folder, tokenizer=tokenizer, inputs=inputs, workers=workers, on_progress=on_progress
-        )
-    manifest = done.manifest
+    manifest, folder = done.manifest, done.out
     counts = {split: manifest.n_tokens(split) for split in ("train", "val")}
-    verb = f"prepared at {done.tokens_per_second / 1e6:.1f}M tokens/s" if done.wrote else "already prepared"
+    verb = f"prepared at {_rate(done.tokens_per_second)} tokens/s" if done.wrote else "already prepared"
     lines = [
         f"{folder}: {corpus} in {manifest.tokenizer['name']} tokens, {counts['train']:,} to train on and "
         f"{counts['val']:,} to validate on, {verb}",
-        f"next: {next_command(corpus, root, out)}",
+        f"next: {next_command(corpus, manifest.tokenizer['name'], root, out)}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return {
@@ -67,8 +56,48 @@ def prepare_and_show(
     }
 
 
-def next_command(corpus: str, root: Path, out: Path | None) -> str:
-    """Return the train command that reads what was just prepared."""
-    track = {"shakespeare": " --track shakespeare-sprint", "text": " --track text"}.get(corpus, "")
+def _prepare_under_a_bar(console: Console, corpus: str, **options: Any) -> Prepared:
+    columns = (
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,.0f} tokens"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(split: str, n_tokens: int) -> None:
+            if split not in tasks:
+                tasks[split] = progress.add_task(f"{corpus} {split}", total=None, rate="")
+            progress.update(tasks[split], advance=n_tokens)
+            speed = progress.tasks[-1].speed
+            progress.update(tasks[split], rate=f"{_rate(speed)} tokens/s" if speed else "")
+
+        return prepare(corpus, on_progress=on_progress, **options)
+
+
+def next_command(corpus: str, tokenizer: str, root: Path, out: Path | None) -> str:
+    """Return the train command that reads what was just prepared, or what it takes where no track does."""
+    found = [
+        name
+        for name in track_names()
+        if load_track(name).fixed.get("data") == {"corpus": corpus, "tokenizer": tokenizer}
+    ]
     place = f" --data {out or root}" if out or root != Path("data") else ""
-    return f"nanorun train{track}{place}"
+    if not found:
+        return (
+            f"a track of your own for it: ./configs/NAME/track.toml with [fixed.data] corpus = {corpus!r}, "
+            f"tokenizer = {tokenizer!r}, and a preset beside it; then nanorun train --track NAME{place}"
+        )
+    # The quickest of several is the one to begin with.
+    name = (
+        DEFAULT_TRACK
+        if DEFAULT_TRACK in found
+        else max(found, key=lambda one: load_track(one).target_val_loss)
+    )
+    return "nanorun train" + ("" if name == DEFAULT_TRACK else f" --track {name}") + place
+
+
+def _rate(tokens_per_second: float) -> str:
+    million = tokens_per_second / 1e6
+    return f"{million:.1f}M" if million >= 1 else f"{tokens_per_second:,.0f}"

@@ -94,6 +94,8 @@ class Row:
     """Day of the latest run, UTC."""
     seconds: tuple[float, ...]
     """The seconds of each seed, in order of the seeds."""
+    next_seed: int
+    """One more than the largest seed that ran."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +260,7 @@ def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int
         hardware=group[-1].hardware.label,
         date=max(record.created for record in group)[:10],
         seconds=tuple(seconds),
+        next_seed=max(record.seed for record in group) + 1,
     )
 
 
@@ -346,7 +349,8 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
         yield f"{row.name}: {_runs(broken)} ended before the declared last step: first crossing only"
     repeats = row.runs - row.seeds
     if repeats:
-        yield f"{row.name}: {_runs(row.runs)} of {row.seeds} seeds; a repeated seed counts once, by its mean"
+        runs_and_seeds = f"{_runs(row.runs)} of {row.seeds} seed{_s(row.seeds)}"
+        yield f"{row.name}: {runs_and_seeds}; a repeated seed counts once, by its mean"
     if group[0].target_val_loss != track.target_val_loss:
         made_for = group[0].target_val_loss
         yield f"{row.name}: made for the target {made_for:g}, judged here by {track.target_val_loss:g}"
@@ -368,7 +372,11 @@ def _mixtures(group: Sequence[Record]) -> Iterator[tuple[str, int]]:
 
 
 def _runs(count: int) -> str:
-    return f"{count} run{'s' if count != 1 else ''}"
+    return f"{count} run{_s(count)}"
+
+
+def _s(count: int) -> str:
+    return "s" if count != 1 else ""
 
 
 def comparison_line(table: Table) -> str | None:
@@ -478,19 +486,24 @@ def rule_line(table: Table) -> str:
     )
 
 
-def next_command(table: Table, presets: Sequence[str]) -> str:
-    """The command that this table asks for: a seed or a preset that is missing, else a run to beat the best."""
+def next_command(table: Table, presets: Sequence[str], place: str = "") -> str:
+    """The command that this table asks for: a seed or a preset that is missing, else a run to beat the best.
+
+    `place` is the option that says where records lie, if they lie elsewhere.
+    """
     name, wanted = clean(table.track.name), table.track.rule.n
     lacking = next((row for row in table.rows if row.n < wanted and row.preset in presets), None)
     absent = [preset for preset in presets if preset not in {row.preset for row in table.rows}]
     if lacking:
-        lacks = wanted - lacking.n
-        more = f"--seed {lacking.seeds} --seeds {lacks}" if lacking.seeds else f"--seeds {lacks}"
-        return f"nanorun train --track {name} --optim {lacking.preset} {more}  # with the same --set, if there was one"
+        more = f"--seed {lacking.next_seed} --seeds {wanted - lacking.n}"
+        command = f"nanorun train --track {name} --optim {lacking.preset} {more}{place}"
+        return f"{command}  # with the same --set, if there was one"
     if absent:
-        return f"nanorun train --track {name} --optim {absent[0]} --seeds {wanted}"
-    best = next((row.preset for row in table.rows if row.preset in presets), presets[0])
-    return f"nanorun train --track {name} --optim {best} --seeds {wanted} --set KEY=VALUE  # to beat it"
+        return f"nanorun train --track {name} --optim {absent[0]} --seeds {wanted}{place}"
+    best = next((row.preset for row in table.rows if row.preset in presets), "PRESET")
+    return (
+        f"nanorun train --track {name} --optim {best} --seeds {wanted}{place} --set KEY=VALUE  # to beat it"
+    )
 
 
 def empty_line(table: Table) -> str | None:
@@ -504,7 +517,7 @@ def empty_line(table: Table) -> str | None:
 
 
 def _records(count: int) -> str:
-    return f"{count} record{'s' if count != 1 else ''}"
+    return f"{count} record{_s(count)}"
 
 
 def to_dict(table: Table) -> dict[str, Any]:
@@ -527,7 +540,7 @@ def to_csv(table: Table) -> str:
     import csv
     import io
 
-    names = [field.name for field in dataclasses.fields(Row) if field.name != "seconds"]
+    names = [field.name for field in dataclasses.fields(Row) if field.name not in ("seconds", "next_seed")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)

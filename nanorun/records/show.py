@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from nanorun.errors import UserError
+from nanorun.errors import UserError, printable
 from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
     Table,
@@ -30,9 +31,12 @@ def report_text(
     `form` is `table` (for this console), `markdown`, `csv` or `json`.
     """
     records, skipped = read_records(root, track)
-    with_records = {record.track for record in records}
-    names = [track] if track else [name for name in track_names() if name in with_records] or [DEFAULT_TRACK]
+    held = {record.track for record in records} | {one.path.parent.name for one in skipped}
+    known = track_names()
+    names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
     tables = [_table(name, records, skipped, since, hardware) for name in names]
+    for name in sorted(held - set(known)) if track is None else []:
+        _aside(f"{root / name} holds records of a track that is not here: add ./configs/{name}/track.toml")
     if form == "json":
         documents = [to_dict(table) for table in tables]
         whole = documents[0] if track else {"tracks": documents}
@@ -40,18 +44,26 @@ def report_text(
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
+        for path, why in tables[0].skipped:
+            _aside(f"skipped {path}: {why}")
         return to_csv(tables[0])
     if form == "markdown":
         return "\n".join(to_markdown(table) for table in tables)
+    place = "" if root == Path("records") else f" --records {root}"
     with console.capture() as captured:
         for table in tables:
             print_terminal(table, console)
             if table.rows:
                 presets = preset_names(load_track(table.track.name))
                 console.print(
-                    f"next: {next_command(table, presets)}", style="dim", markup=False, highlight=False
+                    f"next: {next_command(table, presets, place)}", style="dim", markup=False, highlight=False
                 )
     return captured.get()
+
+
+def _aside(line: str) -> None:
+    """Say what the form itself has no place for."""
+    print(printable(line), file=sys.stderr)
 
 
 def _table(
