@@ -370,3 +370,19 @@ def test_tied_head_is_trained_by_the_embedding_group_alone():
     (embedding,) = [row for row in rows if row.role == "embedding"]
     assert embedding.tensors == 2
     assert embedding.parameters == (VOCAB_SIZE + GPT2.context_len) * GPT2.n_embd
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"name": "nonsense", "lr": 0.1}, "unknown optimizer 'nonsense'"),
+        ({"lr": 0.1}, r"\[optim.vector\] names no optimizer"),
+        ({"name": "adamw", "lrr": 0.1}, "Did you mean 'lr'"),
+        ({"name": "muon", "lr": 0.1}, "muon cannot take the role 'vector'"),
+    ],
+)
+def test_a_role_that_the_model_lacks_is_checked_all_the_same(entry, said):
+    model = make_model(MODERN)
+    assert "vector" not in {role.role for role in model.roles().values()}
+    with pytest.raises(UserError, match=said):
+        build_optimizers(model, {**MUON_AND_ADAMW, "vector": entry})

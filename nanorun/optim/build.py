@@ -96,6 +96,11 @@ def build_optimizers(model: HasRoles, optim: Mapping[str, Mapping[str, Any]]) ->
     for key in optim:
         if key not in known:
             raise UserError(f"optim.{key}: wanted a role, one of {', '.join(known)}.{nearest(key, known)}")
+    for key, options in optim.items():
+        # A role that this model lacks is checked all the same.
+        algorithm, _ = _checked(key, options)
+        if key != "default":
+            _check_role(algorithm, key)
     parts: dict[str, list[tuple[Algorithm, dict[str, Any]]]] = {}
     for role, members in _members_by_role(model).items():
         algorithm, options = _resolve(role, members, optim)
@@ -136,15 +141,25 @@ def _resolve(
             f"no optimizer for the role {role!r} ({len(members)} parameters, such as {members[0][0]}): "
             f"add [optim.{role}] or [optim.default] with a name"
         )
-    options = dict(optim[key])
-    if "name" not in options:
-        raise UserError(f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(algorithms())}')
-    algorithm = find_algorithm(options.pop("name"))
+    algorithm, options = _checked(key, optim[key])
+    _check_role(algorithm, role)
+    return algorithm, options
+
+
+def _check_role(algorithm: Algorithm, role: str) -> None:
     if role not in algorithm.roles:
         raise UserError(
             f"{algorithm.name} cannot take the role {role!r}: it takes {', '.join(algorithm.roles)}; "
             f"give {role!r} to another optimizer, such as adamw, under [optim.{role}] or [optim.default]"
         )
+
+
+def _checked(key: str, given: Mapping[str, Any]) -> tuple[Algorithm, dict[str, Any]]:
+    """Return the algorithm and the checked options of one entry of `optim`."""
+    options = dict(given)
+    if "name" not in options:
+        raise UserError(f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(algorithms())}')
+    algorithm = find_algorithm(options.pop("name"))
     return algorithm, algorithm.options(options)
 
 
