@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TRACK ?= sotu
-SEEDS ?= 3
+# 0: as many as the track's rule asks for.
+SEEDS ?= 0
 OPTIMS ?= adamw muon
 RECORDS ?= records
 BIN := $(VENV)/bin
@@ -29,8 +30,8 @@ test: setup-test
 test-fast: setup-test
 	$(BIN)/python -m pytest -m "not slow"
 
+# train prepares the embedded corpus first and says so.
 speedrun: setup
-	$(BIN)/nanorun prepare-data $$($(BIN)/python -c "from nanorun.tracks import load_track as t; print(t('$(TRACK)').fixed['data']['corpus'])")
 	@set -e; since=$$(date -u +%Y-%m-%dT%H:%M:%S); \
 	for optim in $(OPTIMS); do \
 		$(BIN)/nanorun train --track $(TRACK) --optim $$optim --seeds $(SEEDS) --records $(RECORDS); \

@@ -25,6 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+INTERRUPTED = 130
+"""What typer exits with after Ctrl-C: the shells' 128 + SIGINT."""
+
 TRACKS = (
     "sotu, shakespeare-sprint, shakespeare, text, fineweb-small, fineweb-small-optim, fineweb-medium, or a "
     "folder of yours under ./configs"
@@ -67,10 +70,16 @@ def prepare_data(
     epilog="Example: nanorun train --track sotu --optim adamw --seeds 3 --set optim.default.lr=0.003"
 )
 def train(
+    context: typer.Context,
     track: Annotated[str | None, typer.Option(help=f"The competition: {TRACKS}.")] = None,
     optim: Annotated[str | None, typer.Option(help="A preset: a config's name under the track.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The first seed.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to train, one after the other.")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=0, help="How many seeds, one after the other; 0: as many as the track's rule asks for."
+        ),
+    ] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compile: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help="torch.compile.")] = None,
@@ -78,7 +87,11 @@ def train(
         Literal["none", "block"] | None, typer.Option(help="Trade time for memory.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="A run's folder: go on from its newest checkpoint.")
+        Path | None,
+        typer.Option(
+            help="A run's folder: go on from its newest checkpoint, with the config and options it had; "
+            "--data, --records, --device, --wandb, --record and --require-target may be given anew."
+        ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     data: DataDir = Path("data"),
@@ -99,9 +112,6 @@ def train(
     from nanorun.training.run import resume_run, train_seeds
 
     console = _console(as_json)
-    if resume is not None:
-        _print_json(resume_run(resume, console), as_json)
-        return
     places: dict[str, Any] = {
         "runs": runs,
         "data": data,
@@ -110,10 +120,36 @@ def train(
         "wandb": wandb,
     }
     behaviour = {"record": record, "stop_at_target": stop_at_target, "require_target": require_target}
+    options = {**places, **behaviour}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
-    results = train_seeds(track, optim, changes, seed, seeds, {**places, **behaviour}, console)
+    try:
+        if resume is not None:
+            results = [resume_run(resume, console, _given_anew(context, options))]
+        else:
+            results = train_seeds(track, optim, changes, seed, seeds, options, console)
+    except RunFailed as error:
+        _print_json(error.result, as_json and error.result is not None)
+        raise
     _print_json(results[0] if seeds == 1 else {"runs": results}, as_json)
+
+
+def _given_anew(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options written beside --resume; refuse those that the run cannot change any more."""
+    given = {key for key in context.params if _is_given(context, key)} - {"resume", "as_json"}
+    fixed = sorted(given - {"data", "records", "device", "wandb", "record", "require_target"})
+    if fixed:
+        flag = {"settings": "set"}.get(fixed[0], fixed[0].replace("_", "-"))
+        raise UserError(
+            f"--{flag} beside --resume: a run is taken up again with the config it had; leave --{flag} out, "
+            "or start a new run"
+        )
+    return {key: options[key] for key in given}
+
+
+def _is_given(context: typer.Context, key: str) -> bool:
+    source = context.get_parameter_source(key)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command(epilog="Example: nanorun report --track sotu --format markdown")
@@ -137,7 +173,12 @@ def report(
     text = report_text(
         records, track=track, form=form, since=since, hardware=hardware, console=_console(False)
     )
-    _write_out(text, out)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        from nanorun.files import write_whole
+
+        write_whole(out, text, mend="choose another --out")
 
 
 @app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
@@ -147,7 +188,7 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Let a trained model write."""
     from nanorun.sample import sample as write
@@ -174,6 +215,10 @@ def main() -> None:
     """Run the command line; errors of the user's end in one sentence and exit code 2."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            _end("stopped by Ctrl-C; there is nothing to resume from", INTERRUPTED)
+        raise
     except UserError as error:
         _end(f"error: {error}", 2)
     except RunFailed as error:
@@ -201,11 +246,3 @@ def _print_json(document: Any, as_json: bool) -> None:
     # Under torchrun every rank has the document, and the first one prints it.
     if as_json and os.environ.get("RANK", "0") == "0":
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
-
-
-def _write_out(text: str, out: Path | None) -> None:
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")

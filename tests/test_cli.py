@@ -108,6 +108,70 @@ def test_a_corrupt_record_is_named_and_the_table_still_printed(nanorun):
     assert "2026-01-01-muon-00000000" in out
 
 
+def test_a_corrupt_record_is_named_where_its_track_has_no_other_and_beside_a_csv(nanorun):
+    broken = Path("records/shakespeare-sprint/2026-01-01-muon-00000000")
+    broken.mkdir(parents=True)
+    (broken / "record.json").write_text('{"format_version": 1')
+    assert broken.name in nanorun("report", "--format", "markdown")[1]
+    code, out, err = nanorun("report", "--format", "csv")
+    assert code == 0
+    assert broken.name in err
+    assert broken.name not in out
+
+
+def test_records_of_a_track_that_is_not_here_are_named(nanorun):
+    broken = Path("records/mine/2026-01-01-muon-00000000")
+    broken.mkdir(parents=True)
+    (broken / "record.json").write_text("{}")
+    code, _, err = nanorun("report")
+    assert code == 0
+    assert "records/mine holds records of a track that is not here" in err
+
+
+def test_a_run_that_missed_a_required_target_still_prints_its_document(nanorun):
+    code, out, err = nanorun(*SPRINT, "--require-target", "--json")
+    assert code == 1
+    assert "above the required 1.88" in err
+    assert json.loads(out)["reached"] is None
+
+
+def test_the_next_command_of_a_run_says_where_its_records_lie(nanorun):
+    _, out, _ = nanorun(*SPRINT, "--records", "mine")
+    command = re.search(r"next: nanorun (.*)", out)[1]
+    code, out, _ = nanorun(*command.split())
+    assert code == 0
+    assert "muon" in out
+    assert "--records mine" in out
+
+
+def test_tokens_that_no_track_takes_are_told_to_need_a_track(nanorun):
+    Path("mine.txt").write_text("some text\n" * 1000)
+    _, out, _ = nanorun("prepare-data", "text", "--input", "mine.txt", "--tokenizer", "char")
+    assert "next: a track of your own" in out
+    _, out, _ = nanorun("prepare-data", "text", "--input", "mine.txt")
+    assert "next: nanorun train --track text\n" in out
+
+
+def test_a_track_without_a_preset_says_what_it_lacks(nanorun):
+    Path("configs/bare").mkdir(parents=True)
+    shipped = Path(cli.__file__).parent.parent / "configs/shakespeare-sprint/track.toml"
+    Path("configs/bare/track.toml").write_text(shipped.read_text())
+    code, _, err = nanorun("train", "--track", "bare")
+    assert code == 2
+    assert "track 'bare' has no preset" in err
+    assert nanorun("report", "--track", "bare")[0] == 0
+
+
+def test_ctrl_c_outside_training_is_one_sentence_and_130(nanorun, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanorun.data.show.prepare", interrupted)
+    code, _, err = nanorun("prepare-data", "shakespeare")
+    assert code == 130
+    assert "stopped by Ctrl-C" in err
+
+
 def test_a_sample_is_a_function_of_its_seed(nanorun):
     nanorun(*SPRINT, "--no-record")
     run = next(Path("runs").iterdir())
@@ -116,6 +180,16 @@ def test_a_sample_is_a_function_of_its_seed(nanorun):
     ]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("KING:")
+    for words in (
+        ["--temperature", "inf"],
+        ["--temperature", "nan"],
+        ["--prompt", "\udcff"],
+        ["--seed", 2**63],
+    ):
+        code, _, err = nanorun("sample", run, *words)
+        assert code == 2
+        assert words[0] in err
+    assert nanorun("sample", run, "--temperature", "1e-45", "--tokens", 3)[0] == 0
     assert len(texts[0]) == len("KING:") + 20 + 1
 
 
@@ -177,6 +251,18 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, nanorun):
         ([*SPRINT, "--set", "model.context_len=600000", "--set", "train.batch_tokens=600000"], "too few"),
         ([*SPRINT, "--device", "tpu"], "wanted auto, cpu, cuda"),
         (["train", "--track", "fineweb-small"], "no prepared 'fineweb10B' here"),
+        ([*SPRINT, "--set", "optim.matrixx.lr=1"], "Did you mean 'matrix'"),
+        ([*SPRINT, "--set", "train.schedule=cosin"], "Did you mean 'cosine'"),
+        ([*SPRINT, "--set", "train=3"], "wanted a table of its keys, such as train.steps"),
+        ([*SPRINT, "--set", "model.n_head=5"], "n_embd = 32 is not a multiple of n_head = 5"),
+        ([*SPRINT, "--set", "model.n_embd=100000000"], "make model.n_embd or model.n_layer smaller"),
+        ([*SPRINT, "--seed", str(2**31 - 1), "--seeds", "2"], "seed = 2147483648"),
+        ([*SPRINT, "--runs", "empty.txt"], "choose another folder with --runs"),
+        (["train", "--resume", "runs/none", "--set", "train.steps=3"], "--set beside --resume"),
+        (["train", "--resume", "runs/none", "--seed", "3"], "--seed beside --resume"),
+        (["trian"], "No such command 'trian'"),
+        (["train", "--optm", "muon"], "--optim"),
+        (["report", "--out", "empty.txt/report.md"], "choose another --out"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_exit_code_2(words, said, nanorun):
@@ -206,14 +292,8 @@ def test_a_full_disk_leaves_nothing_half_written(nanorun, monkeypatch):
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
     words = [sys.executable, "-m", "nanorun", *SPRINT, "--no-record"]
-    words += [
-        "--set",
-        "train.steps=100000",
-        "--set",
-        "log.every_steps=1",
-        "--set",
-        "validation.every_steps=0",
-    ]
+    words += ["--compile", "off", "--set", "train.steps=100000", "--set", "log.every_steps=1"]
+    words += ["--set", "validation.every_steps=0"]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60

@@ -4,15 +4,18 @@ import io
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from nanorun.data.prepare import prepare
 from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.records.record import read_records
-from nanorun.training import checkpoint, compilation
+from nanorun.training import checkpoint, compilation, machine
+from nanorun.training.progress import MetricsFile
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.step import Stepper
 
@@ -148,6 +151,68 @@ def test_ctrl_c_twice_stops_at_once_without_a_checkpoint(train, monkeypatch):
         train()
     assert not list(only_run().glob("checkpoints/*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_twice_names_the_checkpoint_there_is(train, monkeypatch):
+    real = Stepper.step
+
+    def impatient(self, step, scale, *, stop_vote=False):
+        for _ in range(2 if step == 4 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return real(self, step, scale, stop_vote=stop_vote)
+
+    monkeypatch.setattr(Stepper, "step", impatient)
+    with pytest.raises(Stopped, match=r"stopped at once, after step 4 of 6\. Resume from the newest"):
+        train("checkpoint.every_steps=3")
+
+
+def test_closing_what_was_written_to_is_not_counted(train, monkeypatch):
+    real = MetricsFile.close
+    monkeypatch.setattr(MetricsFile, "close", lambda self: (time.sleep(0.5), real(self)))
+    train()
+    (record,) = read_records(Path("records"))[0]
+    assert record.clock["train_seconds"] - record.validation[-1].train_seconds < 0.4
+
+
+def test_a_run_resumed_on_another_machine_is_a_row_of_its_own(train, stop_in_step, monkeypatch):
+    stop_in_step(2)
+    with pytest.raises(Stopped):
+        train()
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Other CPU")
+    resume_run(only_run(), QUIET)
+    (record,) = read_records(Path("records"))[0]
+    assert record.hardware.label.partition(" then ")[2].startswith("Other")
+    assert record.hardware.label.partition(" then ")[0] == record.hardware.earlier != ""
+
+
+def test_a_record_names_the_code_that_the_run_began_with(train, stop_in_step, monkeypatch):
+    began = {"version": "1", "commit": "a" * 40, "dirty": True, "patch": "source.patch"}
+    monkeypatch.setattr(machine, "code_identity", lambda: (began, "a patch\n"))
+    stop_in_step(2)
+    with pytest.raises(Stopped):
+        train()
+    after = {"version": "1", "commit": "b" * 40, "dirty": False, "patch": None}
+    monkeypatch.setattr(machine, "code_identity", lambda: (after, None))
+    out = io.StringIO()
+    result = resume_run(only_run(), Console(file=out, width=400))
+    assert "note: the run began with other code than this" in out.getvalue()
+    (record,) = read_records(Path("records"))[0]
+    assert record.code.commit == "a" * 40
+    assert (Path(result["record"]) / "source.patch").read_text() == "a patch\n"
+
+
+def test_a_record_names_the_optimizers_that_the_model_had_a_role_for(train):
+    train("optim.vector.name=adam", "optim.vector.lr=0.1")
+    (record,) = read_records(Path("records"))[0]
+    assert sorted(record.optimizer.split(" + ")) == ["adamw", "muon"]
+
+
+def test_a_run_that_stopped_at_its_target_takes_no_step_more_when_resumed(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("nanorun.training.train.validation_loss", lambda *a, **k: (1.5, 100))
+    (tmp_path / "records").write_text("in the way")
+    with pytest.raises(UserError, match="could not be written"):
+        train("validation.every_steps=2", "validation.from_step=2", stop_at_target=True)
+    assert resume_run(only_run(), QUIET, {"records": tmp_path / "elsewhere"})["steps"] == 2
 
 
 def test_a_stopped_run_writes_no_record_and_no_result(train, stop_in_step):
@@ -325,6 +390,57 @@ def test_resuming_works_from_another_folder(train, stop_in_step, tmp_path, monke
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resume_run(folder, QUIET)["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+def test_no_checkpoint_is_saved_after_a_step_that_is_not_finite_though_nobody_read_its_flag(
+    train, monkeypatch
+):
+    poison(monkeypatch, 2)
+    monkeypatch.setattr("nanorun.training.train._reads_flags", lambda run: False)
+    with pytest.raises(RunFailed, match="not finite at step 2 of 6"):
+        train("checkpoint.every_steps=3", "log.every_steps=100")
+    assert not list(only_run().glob("checkpoints/*"))
+
+
+def test_a_run_is_not_taken_up_again_on_another_corpus(train, stop_in_step, tmp_path):
+    for name, text in (("one", "abc def\n"), ("other", "ghi jkl\n")):
+        (tmp_path / f"{name}.txt").write_text(text * 2000)
+        prepare("text", out=tmp_path / name, inputs=[str(tmp_path / f"{name}.txt")])
+    stop_in_step(2)
+    settings = ["train.steps=4", "train.batch_tokens=512", "validation.from_step=4", "model.context_len=64"]
+    with pytest.raises(Stopped):
+        train_seeds("text", "muon", settings, 0, 1, {"data": tmp_path / "one"}, QUIET)
+    with pytest.raises(UserError, match="was trained on a prepared corpus with sha256"):
+        resume_run(only_run(), QUIET, {"data": tmp_path / "other"})
+    assert resume_run(only_run(), QUIET, {"data": tmp_path / "one"})["steps"] == 4
+
+
+def test_a_run_whose_record_found_no_room_is_recorded_elsewhere_on_resuming(train, tmp_path):
+    (tmp_path / "records").write_text("in the way")
+    with pytest.raises(UserError, match="choose another folder with --records"):
+        train()
+    result = resume_run(only_run(), QUIET, {"records": tmp_path / "elsewhere"})
+    assert len(read_records(tmp_path / "elsewhere")[0]) == 1
+    assert result["steps"] == 6
+
+
+def test_a_stopped_series_of_seeds_names_those_that_are_left(train, stop_in_step):
+    stop_in_step(2)
+    with pytest.raises(Stopped, match=r"then the 2 seeds left, from --seed 6 on"):
+        train(seed=5, n_seeds=3)
+
+
+def test_zero_seeds_are_as_many_as_the_rule_asks_for(train):
+    train("train.steps=1", "validation.from_step=1", n_seeds=0)
+    records, _ = read_records(Path("records"))
+    assert sorted(record.seed for record in records) == [0, 1, 2]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(train, monkeypatch):
+    monkeypatch.setattr("wandb.init", lambda **options: (_ for _ in ()).throw(RuntimeError("no login")))
+    with pytest.raises(UserError, match=r"wandb cannot start \(no login\): use --wandb offline"):
+        train(wandb="online")
+    assert not list(Path("runs").iterdir())
 
 
 def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_to_resume(train, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from nanorun.training import evaluate
 from nanorun.training.distributed import Ranks
-from nanorun.training.evaluate import validation_loss
+from nanorun.training.evaluate import validation_loss, windows_per_pass
 
 CONTEXT = 64
 N_TOKENS = 300
@@ -105,3 +105,10 @@ def test_dropout_is_off_while_reading(make_stepper):
     plain = make_stepper()
     plain.model.load_state_dict(dropping.model.state_dict())
     assert read(dropping) == read(plain)
+
+
+def test_a_pass_on_cuda_holds_no_more_logits_than_fit_a_small_card():
+    cuda = torch.device("cuda")
+    assert windows_per_pass(cuda, 1024, 257) == 64
+    assert windows_per_pass(cuda, 1024, 50257) * 1024 * 50257 * 4 <= 2**30
+    assert windows_per_pass(cuda, 10**6, 50257) == 1

@@ -18,10 +18,21 @@ TINY = [
 ]
 
 
-def trained(folder, *launcher):
-    folder.mkdir()
-    words = [sys.executable, *launcher, "-m", "nanorun", "train", "--track", "shakespeare-sprint", "--json"]
-    words += [word for setting in TINY for word in ("--set", setting)]
+TWO_RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+SLOW_SAVE = """
+import time
+from nanorun.training import checkpoint
+real = checkpoint.save
+checkpoint.save = lambda *words, **options: (time.sleep(2.0), real(*words, **options))[1]
+from nanorun.cli import main
+main()
+"""
+
+
+def trained(folder, *launcher, program=("-m", "nanorun"), settings=()):
+    folder.mkdir(exist_ok=True)
+    words = [sys.executable, *launcher, *program, "train", "--track", "shakespeare-sprint", "--json"]
+    words += [word for setting in [*TINY, *settings] for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -33,7 +44,16 @@ def trained(folder, *launcher):
 @pytest.mark.slow
 def test_two_ranks_match_one(tmp_path):
     one, losses_of_one = trained(tmp_path / "one")
-    two, losses_of_two = trained(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    two, losses_of_two = trained(tmp_path / "two", *TWO_RANKS)
     assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
     assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-4)
     assert two["initial_weights_sha256"] == one["initial_weights_sha256"]
+
+
+@pytest.mark.slow
+def test_waiting_for_the_rank_that_saves_is_not_counted(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_SAVE)
+    program, settings = [str(tmp_path / "slow.py")], ["checkpoint.every_steps=2"]
+    result, _ = trained(tmp_path, *TWO_RANKS, program=program, settings=settings)
+    assert result["clock"]["checkpoint_seconds"] > 5.5
+    assert result["clock"]["train_seconds"] < 2.0

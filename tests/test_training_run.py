@@ -137,7 +137,12 @@ def test_the_command_line_prints_one_json_document_and_a_record_that_reads_back(
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert {"run", "record", "reached", "steps", "final_val_loss", "clock"} <= set(result)
+    keys = "run record reached steps final_val_loss initial_weights_sha256 final_weights_sha256 clock"
+    assert set(keys.split()) <= set(result)
+    assert all(len(result[f"{which}_weights_sha256"]) == 64 for which in ("initial", "final"))
+    clock = {f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total")}
+    assert clock <= set(result["clock"])
+    assert result["reached"] is None
     records, skipped = read_records(tmp_path / "records")
     assert (len(records), skipped) == (1, [])
     assert records[0].final_val_loss == result["final_val_loss"]

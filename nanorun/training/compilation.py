@@ -20,13 +20,13 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
     `asked` is `on`, `off` or `auto`: on CUDA always, on a CPU when the run is long enough to win back what
     compiling costs. Where compiling fails, eager code goes on and the line says so.
     """
+    # Eager first: a micro-batch that does not fit is found before anything is compiled for its shape.
+    stepper.warm_up()
     if asked == "off":
-        stepper.warm_up()
         return False, ""
-    if asked == "auto" and stepper.device.type == "cpu":
-        stepper.warm_up()
-        if not _pays_on_cpu(stepper, steps):
-            return False, ""
+    on_cpu = stepper.device.type == "cpu"
+    if asked == "auto" and on_cpu and not stepper.ranks.any(_pays_on_cpu(stepper, steps)):
+        return False, ""
     eager = stepper.forward
     try:
         stepper.forward = torch.compile(stepper.working, dynamic=False)

@@ -43,6 +43,10 @@ class Ranks:
         """Return whether the flag is set on any rank."""
         return self.slowest(float(flag)) > 0
 
+    def wait(self) -> None:
+        """Wait for all ranks: at the end of a pause, so that nobody's waiting counts as training."""
+        self.any(False)
+
     def broadcast_text(self, text: str) -> str:
         """Return rank 0's text."""
         if self.n_ranks == 1:
@@ -73,6 +77,10 @@ def join(device_type: str) -> Ranks:
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if n_ranks == 1:
         return Ranks()
+    if "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {n_ranks} and RANK is not set: start many ranks with torchrun, or unset WORLD_SIZE"
+        )
     ranks = Ranks(int(os.environ["RANK"]), n_ranks, int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")

@@ -5,16 +5,26 @@ from __future__ import annotations
 import torch
 
 from nanorun.data.batches import TokenSet, n_validation_windows, validation_rows
+from nanorun.model import GPT
 from nanorun.training.distributed import Ranks
 
 WINDOWS_PER_PASS_CPU = 16
 """Windows of one forward pass on a CPU: at 8 to 32 the rate was the same within 3 % (scripts/bench_step.py)."""
 TOKENS_PER_PASS_CUDA = 65536
+LOGITS_PER_PASS_CUDA = 2**28
+"""Tokens times vocabulary of one forward pass on CUDA: 1 GiB in fp32, of which the loss holds three copies."""
+
+
+def windows_per_pass(device: torch.device, context_len: int, vocab_size: int) -> int:
+    """Return how many windows one forward pass reads."""
+    if device.type == "cpu":
+        return WINDOWS_PER_PASS_CPU
+    return max(1, min(TOKENS_PER_PASS_CUDA, LOGITS_PER_PASS_CUDA // vocab_size) // context_len)
 
 
 @torch.no_grad()
 def validation_loss(
-    model: torch.nn.Module,
+    model: GPT,
     tokens: TokenSet,
     *,
     n_tokens: int,
@@ -36,7 +46,7 @@ def validation_loss(
     )
     first = n_windows * ranks.rank // ranks.n_ranks
     last = n_windows * (ranks.rank + 1) // ranks.n_ranks
-    per_pass = WINDOWS_PER_PASS_CPU if device.type == "cpu" else max(1, TOKENS_PER_PASS_CUDA // context_len)
+    per_pass = windows_per_pass(device, context_len, model.vocab_size)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for window in range(first, last, per_pass):
         idx_BT, targets_BT = validation_rows(

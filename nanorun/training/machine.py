@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,34 @@ def software(compiled: bool) -> dict[str, Any]:
     }
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin to measure the peak anew, so that what went before a run is not its own; on Linux and CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory held so far: the allocator's on CUDA, the process's resident size on a CPU."""
+    """Return the most memory held since `forget_peak_memory`.
+
+    The allocator's on CUDA, the process's resident size on a CPU; on a CPU without /proc since the process began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@functools.cache
 def code_identity() -> tuple[dict[str, Any], str | None]:
-    """Return the record's `code` and, in a clone with changes, the patch from its commit."""
+    """Return the record's `code` and, in a clone with changes, the patch from its commit.
+
+    As they are when first asked for: a tree that is edited while the process runs is not what it runs.
+    """
     package = Path(nanorun.__file__).resolve().parent
     commit = _git(package, "rev-parse", "HEAD")
     tracked = commit and _git(package, "ls-files", "__init__.py")

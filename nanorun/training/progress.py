@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from nanorun.errors import UserError
+from nanorun.files import write_whole
+
 PLAIN_LINE_SECONDS = 10.0
 """Seconds between plain lines where stdout is no terminal."""
 
@@ -76,8 +79,9 @@ class RunProgress:
         parts.append(f"{seconds:.1f} s")
         if rate:
             parts.append(f"ends in {_clock((self._steps - step) / rate)}")
-        if self._val_loss is not None:
-            parts.append(f"{self._val_loss - self._target:+.3f} to target")
+        # Until the first validation the training loss stands in for it.
+        now = loss if self._val_loss is None else self._val_loss
+        parts.append(f"{now - self._target:+.3f} to target" + (" (train)" if self._val_loss is None else ""))
         return "  ".join(parts)
 
 
@@ -93,14 +97,18 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut off when the run was killed
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(kept))
-        beside.replace(path)
-        self._file = path.open("a")
+        write_whole(path, "".join(kept), mend="free some disk, or choose another folder with --runs")
+        self._path, self._file = path, path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(dict(row)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}); free some disk, then go on from the last "
+                f"checkpoint with: nanorun train --resume {self._path.parent}"
+            ) from None
 
     def close(self) -> None:
         self._file.close()
@@ -110,16 +118,23 @@ class WandbRun:
     """The same rows in wandb; nothing of it is imported while the mode is off."""
 
     def __init__(self, mode: str, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb
+        try:
+            import wandb
 
-        self._run = wandb.init(
-            project="nanorun",
-            name=folder.name,
-            dir=str(folder),
-            mode="offline" if mode == "offline" else "online",
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+            self._run = wandb.init(
+                project="nanorun",
+                name=folder.name,
+                dir=str(folder),
+                mode="offline" if mode == "offline" else "online",
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except Exception as error:  # a missing package, a missing login, no network: each its own class
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"wandb cannot start ({reason[:200]}): use --wandb offline, log in with `wandb login`, or leave "
+                "--wandb off"
+            ) from None
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._run.log(dict(row), step=int(row["step"]))

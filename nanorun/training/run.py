@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from nanorun.config import make_config, resolve
-from nanorun.errors import UserError
+from nanorun.errors import Stopped, UserError
 from nanorun.tables import read_toml
 from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, load_track, preset_names
 from nanorun.training import distributed
-from nanorun.training.train import Options, train
+from nanorun.training.setup import Options, write_options
+from nanorun.training.train import train
 
 
 def train_seeds(
@@ -26,33 +27,53 @@ def train_seeds(
     options: dict[str, Any],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Return the results of `n_seeds` runs of one preset, one after the other, from `seed` on."""
+    """Return the results of `n_seeds` runs of one preset, one after the other, from `seed` on.
+
+    0 seeds are as many as the track's rule asks for.
+    """
     track = load_track(track_name or DEFAULT_TRACK)
+    n_seeds = n_seeds or track.significance.n
     if preset is None:
         names = preset_names(track)
+        if not names:
+            raise UserError(
+                f"track {track.name!r} has no preset: add {track.folder}/NAME.toml with the config of a run"
+            )
         preset = DEFAULT_PRESET if DEFAULT_PRESET in names else names[0]
     top = {} if seed is None else {"seed": seed}
-    first = resolve(track, preset, settings, **top)
-    configs = [first.model_copy(update={"seed": first.seed + k}) for k in range(n_seeds)]
+    first = resolve(track, preset, settings, **top).seed
+    configs = [resolve(track, preset, settings, seed=first + k) for k in range(n_seeds)]
+    results: list[dict[str, Any]] = []
     try:
-        return [train(config, track, Options(**options), console) for config in configs]
+        for config in configs:
+            results.append(train(config, track, Options(**options), console))
+        return results
+    except Stopped as stopped:
+        left = n_seeds - len(results) - 1
+        more = f"; then the {left} seeds left, from --seed {first + len(results) + 1} on" if left else ""
+        raise Stopped(f"{stopped}{more}") from None
     finally:
         distributed.leave()
 
 
-def resume_run(folder: Path, console: Console) -> dict[str, Any]:
-    """Return the result of a run taken up again from its newest checkpoint that verifies."""
+def resume_run(folder: Path, console: Console, anew: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the result of a run taken up again from its newest checkpoint that verifies.
+
+    `anew` holds the options of `Options` that are not those the run was started with.
+    """
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); runs lie under ./runs, one folder each")
     config = make_config(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
     try:
         kept = json.loads((folder / "options.json").read_text())
         paths = {key: Path(kept[key]) for key in ("runs", "data", "records")}
-        options = Options(**{**kept, **paths})
+        options = Options(**{**kept, **paths, **(anew or {})})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/options.json is missing or broken ({error}); it says where data and records lie"
         ) from None
+    if anew:
+        write_options(folder, options)
     try:
         return train(config, load_track(config.track), options, console, resume=folder)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.errors import UserError
+from nanorun.files import write_whole
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet, build_optimizers
+from nanorun.records.record import Hardware
 from nanorun.tables import to_toml
 from nanorun.tracks import Track
-from nanorun.training import checkpoint
+from nanorun.training import checkpoint, machine
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
 from nanorun.training.step import Stepper
+
+PATCH = "source.patch"
+ELSEWHERE = "free some disk, or choose another folder with --runs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +98,7 @@ def set_up(
         context_len=context_len,
         stride=config.validation.stride or context_len,
     )
-    model = GPT(config.model, manifest.vocab_size)
-    model.initialise(config.seed)
-    model.checkpoint_activations = config.train.checkpoint_activations
-    model.to(device)
+    model = _new_model(config, manifest.vocab_size, device)
     optimizers = build_optimizers(model, config.optim_by_role)
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
     run_folder = resume or Path(
@@ -117,8 +120,24 @@ def set_up(
     )
     run.bad_step = run.bad_step.to(device)
     run.outcome.initial_weights_sha256 = checkpoint.weights_sha256(model)
+    run.outcome.code = _keep_code(run, resume is not None)
     _print_groups(run, tokens)
     return run
+
+
+def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
+    try:
+        model = GPT(config.model, vocab_size)
+        model.initialise(config.seed)
+        model.to(device)
+    except (RuntimeError, MemoryError) as error:  # out of memory, on either device
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        raise UserError(
+            f"a model of {config.model.n_layer} layers, {config.model.n_embd} wide, does not fit this machine "
+            f"({reason[:200]}); make model.n_embd or model.n_layer smaller"
+        ) from None
+    model.checkpoint_activations = config.train.checkpoint_activations
+    return model
 
 
 def _data_folder(config: RunConfig, options: Options) -> Path:
@@ -144,7 +163,7 @@ def _prepare_if_embedded(config: RunConfig, folder: Path, console: Console, rank
         say(console, f"{folder} is not there yet: preparing the embedded corpus {corpus!r} first ({command})")
         if ranks.leads:
             prepare(corpus, out=folder, tokenizer=tokenizer)
-    ranks.any(False)  # the others wait here until the files exist
+    ranks.wait()  # the others wait here until the files exist
 
 
 def _checked_manifest(config: RunConfig, tokens: TokenSet, folder: Path) -> Manifest:
@@ -169,11 +188,37 @@ def _new_folder(config: RunConfig, options: Options) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        (folder / "config.toml").write_text(to_toml(config.model_dump()))
-        kept = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
-        (folder / "options.json").write_text(json.dumps(kept, indent=1))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); {ELSEWHERE}") from None
+        try:
+            write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
+            write_options(folder, options)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return folder
     raise UserError(f"{base}: a thousand runs began in this second; start again")
+
+
+def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
+    """Return the record's `code`, its patch left in the folder of a new run."""
+    code, patch = machine.code_identity()
+    if run.ranks.leads and patch is not None and not resumed:
+        write_whole(run.folder / PATCH, patch, mend=ELSEWHERE)
+    return code
+
+
+def read_patch(folder: Path) -> str | None:
+    """Return how the code that a run began with differed from its commit; None where it did not."""
+    path = folder / PATCH
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def write_options(folder: Path, options: Options) -> None:
+    """Keep the options beside the config, so that `--resume` needs nothing but the run's folder."""
+    # Whole paths: a run may be taken up again from another folder.
+    kept = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()}
+    write_whole(folder / "options.json", json.dumps(kept, indent=1), mend=ELSEWHERE)
 
 
 def _print_groups(run: Run, tokens: TokenSet) -> None:
@@ -212,14 +257,28 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Put the run where the checkpoint left it; UserError where the corpus is not the one it trained on."""
+    manifest = run.stepper.tokens.manifest
+    found, wanted = manifest.sha256 if manifest else None, saved.state["corpus_sha256"]
+    if found != wanted:
+        raise UserError(
+            f"{saved.path} was trained on a prepared corpus with sha256 {wanted}, and the one here has {found}: "
+            "name the folder it was trained on with --data, or start a new run"
+        )
     run.model.load_state_dict(saved.model, strict=True)
     run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
     run.done = int(saved.state["step"])
+    now_code = run.outcome.code
     run.outcome = Outcome(**saved.state["outcome"])
     run.outcome.resumed += 1
     run.clock.load_state_dict(saved.state["clock"])
+    if run.outcome.code != now_code:
+        say(run.console, "note: the run began with other code than this; its record names that code")
     then, now = saved.state["choices"], choices(run)
+    if then["hardware"] != now["hardware"]:
+        before = [run.outcome.earlier_hardware] if run.outcome.earlier_hardware else []
+        run.outcome.earlier_hardware = " then ".join([*before, then["hardware"]])
     if then != now:
         changed = ", ".join(
             f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]
@@ -235,6 +294,7 @@ def choices(run: Run) -> dict[str, Any]:
         "n_threads": torch.get_num_threads(),
         "n_ranks": run.ranks.n_ranks,
         "torch": str(torch.__version__),
+        "hardware": Hardware(**machine.hardware(run.device, run.ranks.n_ranks)).label,
     }
 
 

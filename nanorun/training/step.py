@@ -155,6 +155,8 @@ class Stepper:
             torch._foreach_copy_(list(self.model.parameters()), weights)
         self.optimizers.load_state_dict(blank)
         self.refresh_working_copy()
+        # All ranks take the size that fits the smallest of them.
+        self.micro_batch_rows = round(-self.ranks.slowest(-float(self.micro_batch_rows)))
 
     def _dummy_step(self) -> None:
         generator = torch.Generator().manual_seed(0)

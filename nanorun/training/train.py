@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,25 @@ from rich.console import Console
 
 from nanorun.config import RunConfig
 from nanorun.errors import RunFailed, Stopped
+from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, distributed
+from nanorun.training import checkpoint, distributed, machine, recording
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.evaluate import validation_loss
-from nanorun.training.outcome import as_json, write
+from nanorun.training.outcome import as_json
 from nanorun.training.progress import MetricsFile, RunProgress, WandbRun
-from nanorun.training.setup import Options, Run, choices, choose_as_before, read_saved, restore, say, set_up
+from nanorun.training.setup import (
+    Options,
+    Run,
+    choices,
+    choose_as_before,
+    read_saved,
+    restore,
+    say,
+    set_up,
+)
 
 
 def train(
@@ -42,22 +53,53 @@ def train(
     with clock.paused("setup"):
         saved = read_saved(resume, console)
         run = set_up(config, track, options, console, clock, device, ranks, resume)
-        asked = choose_as_before(run, saved) if saved else config.train.compile
-    with clock.paused("compile"):
-        run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
-        say(console, line)
-    with clock.paused("setup"):
-        if saved:
-            restore(run, saved)
     with _listening(run), ExitStack() as stack:
-        progress, rows = _open_outputs(run, stack)
-        _loop(run, progress, rows)
+        with _leaving_no_empty_folder(run, resume):
+            asked = choose_as_before(run, saved) if saved else config.train.compile
+            with clock.paused("compile"):
+                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
+                say(console, line)
+            machine.forget_peak_memory(device)
+            with clock.paused("setup"):
+                if saved:
+                    restore(run, saved)
+                progress, rows = _open_outputs(run, stack)
+                ranks.wait()
+        with _naming_what_is_saved(run):
+            _loop(run, progress, rows)
     return _finish(run)
+
+
+@contextmanager
+def _naming_what_is_saved(run: Run) -> Iterator[None]:
+    """Say from where a run can be taken up again that a second Ctrl-C stopped at once."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not checkpoint.checkpoints(run.folder / "checkpoints"):
+            raise
+        raise Stopped(
+            f"stopped at once, after step {run.done} of {run.config.train.steps}. Resume from the newest checkpoint "
+            f"with: nanorun train --resume {run.folder}"
+        ) from None
+
+
+@contextmanager
+def _leaving_no_empty_folder(run: Run, resume: Path | None) -> Iterator[None]:
+    """Remove the folder of a new run that ends before its first step: it holds nothing to resume."""
+    try:
+        yield
+    except BaseException:
+        if run.ranks.leads and resume is None:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
 
 
 def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None]) -> None:
     plan, checks = run.config.train, run.config.checkpoint
     for step in range(run.done, plan.steps):
+        if run.outcome.reached and run.options.stop_at_target:
+            break
         scale = scale_at(
             plan.schedule,
             step,
@@ -69,7 +111,7 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
         result = run.stepper.step(step, scale, stop_vote=run.stop_asked)
         run.done = step + 1
         run.bad_step = torch.where((run.bad_step < 0) & result.bad, step, run.bad_step)
-        if run.device.type == "cpu" or run.done % run.config.log.every_steps == 0 or _validates(run):
+        if _reads_flags(run):
             _raise_if_bad(run, float(result.loss), float(result.grad_norm))
         if run.done % run.config.log.every_steps == 0 or step == 0:
             seconds = run.clock.train_seconds()
@@ -79,19 +121,24 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
         if _validates(run):
             with run.clock.paused("validation"):
                 _validate(run, progress, rows)
-        if run.outcome.reached and run.options.stop_at_target:
-            break
         asked_to_stop = _is_voted_to_stop(run, result.stop_votes)
         if asked_to_stop or (
             checks.every_steps and run.done % checks.every_steps == 0 and run.done < plan.steps
         ):
+            _raise_if_bad(run, float(result.loss), float(result.grad_norm))
             with run.clock.paused("checkpoint"):
                 _save(run)
+                run.ranks.wait()
         if asked_to_stop:
             raise Stopped(
                 f"stopped after step {run.done} of {plan.steps}; a checkpoint is saved. "
                 f"Resume with: nanorun train --resume {run.folder}"
             )
+
+
+def _reads_flags(run: Run) -> bool:
+    """Return whether this step's flags are read: always on a CPU, else where the loop synchronises anyway."""
+    return run.device.type == "cpu" or run.done % run.config.log.every_steps == 0 or _validates(run)
 
 
 def _is_voted_to_stop(run: Run, stop_votes: torch.Tensor) -> bool:
@@ -144,12 +191,14 @@ def _raise_if_bad(run: Run, loss: float, grad_norm: float) -> None:
 
 
 def _save(run: Run) -> None:
+    manifest = run.stepper.tokens.manifest
     state = {
         "step": run.done,
         "clock": run.clock.state_dict(),
         "outcome": dataclasses.asdict(run.outcome),
         "choices": choices(run),
-        "tokenizer": run.stepper.tokens.manifest.tokenizer if run.stepper.tokens.manifest else None,
+        "corpus_sha256": manifest.sha256 if manifest else None,
+        "tokenizer": manifest.tokenizer if manifest else None,
     }
     if run.ranks.leads:
         checkpoint.save(
@@ -197,16 +246,20 @@ def _open_outputs(run: Run, stack: ExitStack) -> tuple[RunProgress, Callable[[di
     if run.ranks.leads:
         sinks.append(MetricsFile(run.folder / "metrics.jsonl", after_step=run.done))
         if run.options.wandb != "off":
-            with run.clock.paused("setup"):
-                sinks.append(WandbRun(run.options.wandb, run.folder, run.config.model_dump()))
-    for sink in sinks:
-        stack.callback(sink.close)
+            sinks.append(WandbRun(run.options.wandb, run.folder, run.config.model_dump()))
+    stack.callback(_close, run, sinks)
 
     def write_row(row: dict[str, Any]) -> None:
         for sink in sinks:
             sink.write(row)
 
     return progress, write_row
+
+
+def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
+    with run.clock.paused("setup"):
+        for sink in sinks:
+            sink.close()
 
 
 def _finish(run: Run) -> dict[str, Any]:
@@ -216,30 +269,21 @@ def _finish(run: Run) -> dict[str, Any]:
     weights = checkpoint.weights_sha256(run.model)
     result = as_json(run.outcome, run=run.folder, record=None, steps=run.done, weights=weights, clock=clock)
     if run.ranks.leads and run.options.record:
-        folder = write(
-            run.outcome,
-            run.config,
-            run.track,
-            result,
-            run.stepper.tokens,
-            run.validation_tokens,
-            run.options.records,
-            device=run.device,
-            n_ranks=run.ranks.n_ranks,
-            compiled=run.compiled,
-            stop_at_target=run.options.stop_at_target,
-            n_parameters=run.model.n_parameters(),
-            optimizer_state_bytes=run.optimizers.state_bytes(),
-        )
-        result["record"] = str(folder)
+        result["record"] = str(recording.write(run, result))
     if run.ranks.leads:
-        (run.folder / "result.json").write_text(json.dumps(result, indent=1))
-    run.ranks.any(False)  # nobody leaves the group while another still writes
+        write_whole(
+            run.folder / "result.json",
+            json.dumps(result, indent=1),
+            mend=f"free some disk, then nanorun train --resume {run.folder}",
+        )
+    run.ranks.wait()  # nobody leaves the group while another still writes
     _say_result(run, result)
     if run.options.require_target and not result["final_val_loss"] <= run.track.target_val_loss:
-        raise RunFailed(
+        missed = RunFailed(
             f"the last validation reads {result['final_val_loss']:.4f}, above the required {run.track.target_val_loss}"
         )
+        missed.result = result
+        raise missed
     return result
 
 
@@ -257,7 +301,12 @@ def _say_result(run: Run, result: dict[str, Any]) -> None:
         f"compile and warm-up {clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
     )
     if result["record"]:
-        say(run.console, f"record {result['record']}\nnext: nanorun report --track {run.track.name}")
+        records = run.options.records
+        elsewhere = "" if records.resolve() == Options.records.resolve() else f" --records {records}"
+        say(
+            run.console,
+            f"record {result['record']}\nnext: nanorun report --track {run.track.name}{elsewhere}",
+        )
     else:
         say(run.console, f"no record, as asked\nnext: nanorun sample {run.folder}")
 

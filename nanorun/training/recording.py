@@ -1,0 +1,85 @@
+"""The record that a finished run becomes."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+from typing import Any
+
+from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
+from nanorun.tables import to_toml
+from nanorun.training import machine
+from nanorun.training.setup import Run, read_patch
+
+
+def write(run: Run, result: dict[str, Any]) -> Path:
+    """Write the record of a finished run under its records' folder and return the record's own folder.
+
+    `result` is what `--json` prints of the run. Raises UserError where the disk refuses.
+    """
+    config = run.config
+    created = datetime.datetime.now(datetime.UTC)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "track": run.track.name,
+        "name": config.name,
+        "optimizer": " + ".join(dict.fromkeys(run.optimizers.names)),
+        "created": created.isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "config": config.model_dump(),
+        "code": run.outcome.code,
+        "software": machine.software(run.compiled),
+        "hardware": {
+            **machine.hardware(run.device, run.ranks.n_ranks),
+            "earlier": run.outcome.earlier_hardware,
+        },
+        "corpus": _corpus(run),
+        **_readings(run, result),
+    }
+    content["id"] = record_id(created.date().isoformat(), config.name, content)
+    return write_record(
+        run.options.records,
+        Record.from_dict(content),
+        config_toml=to_toml(config.model_dump()),
+        source_patch=read_patch(run.folder),
+    )
+
+
+def _corpus(run: Run) -> dict[str, Any]:
+    manifest = run.stepper.tokens.manifest
+    assert manifest is not None
+    return {
+        "name": run.config.data.corpus,
+        "tokenizer": run.config.data.tokenizer,
+        "vocab_size": manifest.vocab_size,
+        "manifest_sha256": manifest.sha256,
+        "train_tokens": run.stepper.tokens.n_tokens,
+        "val_tokens": run.validation_tokens.n_tokens,
+    }
+
+
+def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured: losses, times, memory, and the weights it began and ended with."""
+    outcome, steps = run.outcome, result["steps"]
+    bytes_per_token = run.validation_tokens.n_bytes / run.validation_tokens.n_tokens
+    return {
+        "n_parameters": run.model.n_parameters(),
+        "initial_weights_sha256": result["initial_weights_sha256"],
+        "final_weights_sha256": result["final_weights_sha256"],
+        "target_val_loss": run.track.target_val_loss,
+        "validation_tokens": outcome.validation_tokens,
+        "stop_at_target": run.options.stop_at_target,
+        "completed": steps == run.config.train.steps,
+        "declared_steps": run.config.train.steps,
+        "steps": steps,
+        "tokens": steps * run.config.train.batch_tokens,
+        "validation": outcome.validation,
+        "reached": outcome.reached,
+        "final_val_loss": result["final_val_loss"],
+        "bits_per_byte": result["final_val_loss"] / math.log(2) / bytes_per_token,
+        "clock": {reason: round(seconds, 4) for reason, seconds in result["clock"].items()},
+        "peak_memory_mib": round(machine.peak_memory_mib(run.device), 1),
+        "resumed": outcome.resumed,
+        "optimizer_state_bytes": run.optimizers.state_bytes(),
+    }
