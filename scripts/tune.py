@@ -15,8 +15,8 @@ Whole numbers for `low` and `high` give whole values. A key may end in a list's 
 external tuning draws its own. Trials are written as JSON after each one; the same command goes on where it was
 stopped. The score is the validation loss at the declared last step.
 
-`--around FILE` searches a smaller box around the best trial of an earlier search: each dimension keeps
-`--shrink` of its width, moved inwards where it would leave the space, and each choice is the best trial's.
+`--around FILE` tries the best trial of an earlier search again, then a smaller box around it: each dimension
+keeps `--shrink` of its width, moved inwards where it would leave the space, and each choice is the best trial's.
 
     python scripts/tune.py --track sotu --optim muon --trials 32 --set train.steps=140 \
         --out records/benchmarks/tune-sotu-muon.json
@@ -42,11 +42,11 @@ from nanorun.tracks import load_track
 def points(
     space: dict[str, dict[str, Any]], n: int, around: dict[str, Any] | None = None, shrink: float = 0.4
 ) -> list[dict[str, Any]]:
-    """Return the first `n` Sobol points of the space, or of its part around a point; three digits each."""
+    """Return the first `n` Sobol points of the space, or a point and `n - 1` around it; three digits each."""
     from scipy.stats import qmc
 
     drawn = qmc.Sobol(len(space), scramble=True, rng=0).random(2 ** math.ceil(math.log2(max(n, 2))))[:n]
-    found = []
+    found = [] if around is None else [{key: around[key] for key in space}]
     for row in drawn.tolist():
         point = {}
         for (key, dimension), u in zip(space.items(), row):
@@ -58,7 +58,7 @@ def points(
                 start = min(max(place_of(dimension, around[key]) - shrink / 2, 0.0), 1.0 - shrink)
                 point[key] = value_at(dimension, start + shrink * u)
         found.append(point)
-    return found
+    return found[:n]
 
 
 def value_at(dimension: dict[str, Any], u: float) -> Any:

@@ -59,7 +59,7 @@ def train(
             with clock.paused("compile"):
                 run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
                 say(console, line)
-            machine.forget_peak_memory(device)
+                machine.forget_peak_memory(device)
             with clock.paused("setup"):
                 if saved:
                     restore(run, saved)
