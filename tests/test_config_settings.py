@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorun.config import ARCH_SWITCHES, RunConfig, known_keys, make_config, resolve
+from nanorun.config import ARCH_SWITCHES, ModelConfig, RunConfig, known_keys, make_config, resolve
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import build_optimizers
@@ -180,7 +180,7 @@ def test_a_config_does_not_change():
 
 @pytest.mark.parametrize("arch", ARCH_SWITCHES)
 def test_an_arch_sets_each_of_its_switches(arch):
-    dumped = sprint(f"model.arch={arch}").model.model_dump()
+    dumped = ModelConfig(arch=arch).model_dump()
     assert {key: dumped[key] for key in ARCH_SWITCHES[arch]} == ARCH_SWITCHES[arch]
 
 

@@ -98,9 +98,7 @@ def build_optimizers(model: HasRoles, optim: Mapping[str, Mapping[str, Any]]) ->
             raise UserError(f"optim.{key}: wanted a role, one of {', '.join(known)}.{nearest(key, known)}")
     for key, options in optim.items():
         # A role that this model lacks is checked all the same.
-        algorithm, _ = _checked(key, options)
-        if key != "default":
-            _check_role(algorithm, key)
+        _checked(key, options)
     parts: dict[str, list[tuple[Algorithm, dict[str, Any]]]] = {}
     for role, members in _members_by_role(model).items():
         algorithm, options = _resolve(role, members, optim)
@@ -160,6 +158,8 @@ def _checked(key: str, given: Mapping[str, Any]) -> tuple[Algorithm, dict[str, A
     if "name" not in options:
         raise UserError(f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(algorithms())}')
     algorithm = find_algorithm(options.pop("name"))
+    if key != "default":
+        _check_role(algorithm, key)
     return algorithm, algorithm.options(options)
 
 
