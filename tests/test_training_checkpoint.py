@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -171,24 +172,28 @@ def test_what_a_killed_save_left_is_never_read_and_goes_with_the_next(tmp_path):
     assert names(tmp_path) == ["step-00000005", "step-00000010"]
 
 
-@pytest.fixture
-def disk_of():
-    """Let no file grow beyond some bytes, which writers meet as they meet a full disk."""
+@contextmanager
+def disk_of(n_bytes):
+    """Let no file grow beyond some bytes, which writers meet as they meet a full disk.
+
+    A context and no fixture: pytest reports before a fixture ends, and its own output may be a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("optimizer_numbers", [0, 100_000])
 def test_a_disk_that_fills_leaves_earlier_checkpoints_whole_and_nothing_half_written(
-    tmp_path, disk_of, optimizer_numbers
+    tmp_path, optimizer_numbers
 ):
     # The model takes 8 KiB: the first case stops in the weights, the second in the optimizer's state.
     before = bytes_of(saved(tmp_path, 5))
-    disk_of(100_000 if optimizer_numbers else 4096)
-    with pytest.raises(
-        UserError, match=r"step-00000010: the checkpoint could not be written .* untouched\. Free"
-    ):
+    refused = r"step-00000010: the checkpoint could not be written .* untouched\. Free"
+    with pytest.raises(UserError, match=refused), disk_of(100_000 if optimizer_numbers else 4096):
         checkpoint.save(
             tmp_path,
             10,
