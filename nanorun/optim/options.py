@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanorun.errors import UserError, nearest
@@ -17,7 +17,7 @@ class Option:
     """One option: what it is if nobody sets it, which values it takes, and what it means."""
 
     default: Any
-    """The value if none is given; REQUIRED where there must be one."""
+    """The value if none is given; REQUIRED where there must be one, None where unset means something."""
     meaning: str
     """One line for the help page."""
     low: float = -math.inf
@@ -47,10 +47,13 @@ class Option:
         noun = {"int": "a whole number", "pair": "two numbers, each", "float": "a number"}[self.kind]
         low = f" of at least {self.low:g}" if math.isfinite(self.low) else ""
         high = f"{' and' if low else ''} {'below' if self.below_high else 'at most'} {self.high:g}"
-        return noun + low + (high if math.isfinite(self.high) else "")
+        unset = ", or none at all" if self.default is None else ""
+        return noun + low + (high if math.isfinite(self.high) else "") + unset
 
     def accept(self, value: Any) -> Any:
         """Return the value as the constructor wants it; raise ValueError where it is not allowed."""
+        if value is None and self.default is None:
+            return None
         if self.kind == "choice":
             if value not in self.choices:
                 raise ValueError
@@ -75,6 +78,27 @@ class Option:
         if self.below_high and number == self.high:
             raise ValueError
         return number
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm under another name: some of its options held, others with another default."""
+
+    summary: str
+    """One line for the help page."""
+    paper: str
+    held: Mapping[str, Any] = field(default_factory=dict)
+    """Options that make it what it is; they cannot be given."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Options with a default of their own, which can be given."""
+
+    def options(self, table: Mapping[str, Option]) -> dict[str, Option]:
+        """Return the table of the options that can be given."""
+        return {
+            name: replace(option, default=self.defaults[name]) if name in self.defaults else option
+            for name, option in table.items()
+            if name not in self.held
+        }
 
 
 def check_options(algorithm: str, table: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
