@@ -106,3 +106,19 @@ def _keeps_norms(stack_KSS: Tensor, values_KS: Tensor, vectors_KSS: Tensor) -> b
     # Written so that NaN counts as bad.
     good = (drift_K <= AGREEMENT * norm_K).all() & ((lengths_KS - 1).abs() <= AGREEMENT).all()
     return bool(good)
+
+
+@torch.no_grad()
+def damped_inverse_root(stack_KSS: Tensor, power: float, damping: float) -> tuple[Tensor, Tensor]:
+    """Return (A + d·I)^(-1/power) of each matrix A, and d_K: `damping` times A's largest eigenvalue.
+
+    As `inverse_root` otherwise, with the floor of RELATIVE_FLOOR. A matrix of zeros has d = 0 and the root I.
+    """
+    scaled_KSS, scale_K = _scaled(stack_KSS)
+    values_KS, vectors_KSS = _eigh(scaled_KSS)
+    largest_K1 = values_KS.clamp_(min=0.0).amax(dim=1, keepdim=True)
+    values_KS = torch.maximum(values_KS + damping * largest_K1, RELATIVE_FLOOR[values_KS.dtype] * largest_K1)
+    values_KS = torch.where(values_KS > 0, values_KS, 1.0)
+    half_KSS = vectors_KSS * values_KS.pow(-0.5 / power)[:, None, :]
+    root_KSS = torch.bmm(half_KSS, half_KSS.mT).mul_(scale_K.pow(-1.0 / power)[:, None, None])
+    return root_KSS.to(stack_KSS.dtype), (damping * largest_K1[:, 0] * scale_K).to(stack_KSS.dtype)
