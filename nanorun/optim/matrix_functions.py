@@ -6,20 +6,85 @@ Shapes: K matrices of M rows and N columns, S = min(M, N).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+Polynomial = tuple[float, float, float]
+"""a, b, c of p(x) = ax + bx³ + cx⁵, which one step applies to every singular value."""
+
+
+class CoefficientSet(NamedTuple):
+    """The polynomials of a run of Newton–Schulz steps, and how it starts."""
+
+    polynomials: tuple[Polynomial, ...]
+    """One per step; more steps repeat the last, fewer take the first ones."""
+    preconditioned: bool = False
+    """Whether the first step is no polynomial but almost-orthogonal rescaling (`_precondition`)."""
+
+    def for_steps(self, steps: int) -> tuple[Polynomial, ...]:
+        """Return the polynomials of that many steps, one fewer where the first step is the rescaling."""
+        count = steps - self.preconditioned
+        missing = max(0, count - len(self.polynomials))
+        return self.polynomials[:count] + self.polynomials[-1:] * missing
+
+
+def _after_shrinking(polynomial: Polynomial, factor: float) -> Polynomial:
+    """Return the polynomial of x/factor."""
+    a, b, c = polynomial
+    return a / factor, b / factor**3, c / factor**5
+
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Keller Jordan's a, b, c of p(x) = ax + bx³ + cx⁵, chosen there for the steepest slope at 0 that keeps five
-steps inside about [0.7, 1.2]: https://kellerjordan.github.io/posts/muon/."""
+"""Keller Jordan's, chosen there for the steepest slope at 0 that keeps five steps inside about [0.7, 1.2]:
+https://kellerjordan.github.io/posts/muon/."""
+
+MINIMAX = (
+    (8.287212018145622, -23.595886519098816, 17.30038731253092),
+    (4.1070591115422035, -2.947849916737912, 0.5448431082926606),
+    (3.948690853482289, -2.908902115962943, 0.5518191394370123),
+    (3.3184196573706037, -2.4884880243148757, 0.5100489401237204),
+    (2.3006520199548186, -1.6689039845747504, 0.4188073119525674),
+    (1.8913014077873995, -1.2679958271945901, 0.3768040894852499),
+    (1.8750014808143731, -1.2500016453218594, 0.3750001645084104),
+    (1.875, -1.25, 0.375),
+)
+"""Polar Express's, arXiv:2505.16932: each is the polynomial nearest to 1 on the interval that the ones before
+it make of [0.001, 1]. Computed anew by `test_minimax_coefficients_equioscillate_and_are_the_papers`."""
+
+YOU = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+"""You Jiacheng's, fitted by gradient descent for modded-nanogpt, the starting point of Turbo-Muon:
+https://gist.github.com/YouJiacheng/393c90cbdc23b09d5688815ba382288b."""
+
+COEFFICIENTS = {
+    "original": CoefficientSet((QUINTIC,)),
+    # The paper divides the matrix by 1.01 of its norm, and by 1.01 before every step but the last, against
+    # bf16's errors; both are the same as shrinking the polynomials.
+    "polar_express": CoefficientSet(
+        (
+            _after_shrinking(MINIMAX[0], 1.01**2),
+            *(_after_shrinking(polynomial, 1.01) for polynomial in MINIMAX[1:-1]),
+            MINIMAX[-1],
+        )
+    ),
+    # Turbo-Muon, arXiv:2512.04632: the rescaling takes the place of the first step.
+    "turbo": CoefficientSet(YOU[1:], preconditioned=True),
+}
 
 LONGEST_RUN = 3
 """Steps taken on the Gram matrix before it is computed anew, for matrices at least twice as long as wide.
 
-At 4 to 1 it saves a third of the products. Three steps leave the fp32 result as near to float64's as one at
-a time does (1e-6 on Gaussian, 1e-5 on rank-deficient matrices), five are 20 times farther away; see
-`test_runs_of_steps_lose_no_precision`. In bf16 the error of one step is too large to build on."""
+At 4 to 1 it saves a third of the products. Three steps leave the fp32 result about as near to float64's as
+one at a time does (1e-6 on Gaussian, 1e-5 on rank-deficient matrices; with polar_express 4e-5 where one at a
+time has 2e-5), five are 20 times farther away; see `test_runs_of_steps_lose_no_precision`. In bf16 the error of
+one step is too large to build on."""
 
 
 def shape_groups(matrices: Sequence[Tensor]) -> list[list[int]]:
@@ -42,16 +107,30 @@ def newton_schulz(
     grad_KMN: Tensor,
     *,
     steps: int = 5,
-    coefficients: tuple[float, float, float] = QUINTIC,
+    coefficients: CoefficientSet = COEFFICIENTS["original"],
     eps: float = 1e-30,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Tensor:
     """Return a stack near UVᵀ of each matrix UΣVᵀ: the same singular vectors, all singular values near 1.
 
-    "Near" is loose by design. Measured over five steps by tests/test_optim_matrix_functions.py: a singular
-    value of at least 0.002 of its matrix's Frobenius norm ends in [0.68, 1.21]; a smaller one is multiplied
-    by at most 3.4445⁵ = 485 and may end anywhere in [0, 1.21]. The matrix's scale does not matter.
+    "Near" is loose by design. Measured over five steps by tests/test_optim_matrix_functions.py, where a share is
+    a singular value over its matrix's Frobenius norm, and the distance is that of Gaussian matrices, wide, tall
+    and square, from UVᵀ over the norm of UVᵀ:
+
+    | coefficients | shares of at least | end in | smaller ones grow at most | distance |
+    |---|---|---|---|---|
+    | original | 0.002 | [0.68, 1.21] | 485 times | 0.24 |
+    | polar_express | 0.002 | [0.87, 1.13] | 967 times | 0.12 |
+    | turbo | 0.01, after rescaling | [0.97, 1.15] | 121 times | 0.03 wide or tall, 0.15 square |
+
+    A smaller one may end anywhere below the upper bound. The matrix's scale does not matter.
+
+    `turbo` rescales rows first (see `_precondition`) and so returns a matrix near UVᵀ of the rescaled one, with
+    other singular vectors. For a Gaussian matrix that is nearly the same; where singular values fall as 1/k the
+    distance is 0.2, and where rows differ in scale by many orders of magnitude it is another matrix. The
+    rescaling leaves the k-th singular value at least √(2/(1+√S)) of its share, 0.40 times at S = 128, and three
+    times its share on square Gaussian matrices of that size.
 
     `eps` is the Frobenius norm below which a matrix is taken for noise and shrinks with its norm; a matrix of
     zeros stays zero. `dtype` is what the products are computed in: bf16 on CUDA and the input's own (at least
@@ -60,7 +139,8 @@ def newton_schulz(
 
     Differs from `torch.optim.Muon` in that it works on stacks, takes dtype from the device, does not
     underflow (torch squares the raw entries and floors the norm at 1e-7), and multiplies the polynomials of
-    up to LONGEST_RUN steps before they meet an oblong matrix.
+    up to LONGEST_RUN steps before they meet an oblong matrix. Differs from Turbo-Muon's own code in that fewer
+    steps leave out the last polynomials and not the first, which raises small singular values more.
     """
     if dtype is None:
         dtype = torch.bfloat16 if grad_KMN.is_cuda else torch.promote_types(grad_KMN.dtype, torch.float32)
@@ -70,23 +150,47 @@ def newton_schulz(
     tall = rows > cols
     oblong = max(rows, cols) >= 2 * min(rows, cols)
     longest = LONGEST_RUN if oblong and torch.finfo(dtype).bits >= 32 else 1
-    while steps > 0:
-        # The Gram matrix on the small side, where its square costs least: to the right of a tall matrix.
-        gram_KSS = torch.bmm(x_KMN.mT, x_KMN) if tall else torch.bmm(x_KMN, x_KMN.mT)
-        product_KSS = poly_KSS = _polynomial(gram_KSS, coefficients)
-        for _ in range(min(steps, longest) - 1):
+    gram_KSS = None
+    if coefficients.preconditioned:
+        x_KMN, gram_KSS = _precondition(x_KMN, tall)
+    polynomials = coefficients.for_steps(steps)
+    for start in range(0, len(polynomials), longest):
+        if gram_KSS is None:
+            gram_KSS = _gram(x_KMN, tall)
+        product_KSS = poly_KSS = _polynomial(gram_KSS, polynomials[start])
+        for polynomial in polynomials[start + 1 : start + longest]:
             # The Gram matrix of poly·X is poly·A·poly, at a cost that does not depend on the long side.
             gram_KSS = torch.bmm(poly_KSS, torch.bmm(gram_KSS, poly_KSS))
-            poly_KSS = _polynomial(gram_KSS, coefficients)
+            poly_KSS = _polynomial(gram_KSS, polynomial)
             product_KSS = torch.bmm(poly_KSS, product_KSS)
         x_KMN = torch.bmm(x_KMN, product_KSS) if tall else torch.bmm(product_KSS, x_KMN)
-        steps -= longest
+        gram_KSS = None
     return x_KMN.to(grad_KMN.dtype)
 
 
-def _polynomial(gram_KSS: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+def _gram(x_KMN: Tensor, tall: bool) -> Tensor:
+    """Return the Gram matrices on the small side, where their squares cost least: to the right of a tall X."""
+    return torch.bmm(x_KMN.mT, x_KMN) if tall else torch.bmm(x_KMN, x_KMN.mT)
+
+
+def _precondition(x_KMN: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+    """Return the matrices rescaled along their small side so that no singular value exceeds 1, and their Grams.
+
+    Row i of a wide matrix (column i of a tall one) is divided by the root of Σⱼ|Aᵢⱼ| of the Gram matrix A:
+    the almost orthogonal layer of arXiv:2208.03160. It comes nearer to 1 than the Frobenius norm does, since
+    it knows how far the rows are orthogonal already. The singular vectors change unless it scales all alike.
+    """
+    gram_KSS = _gram(x_KMN, tall)
+    scale_KS = gram_KSS.abs().sum(dim=2).clamp_(min=torch.finfo(gram_KSS.dtype).tiny).rsqrt_()
+    # The norm is 1, or less for what counts as noise, and that must stay small.
+    scale_KS *= gram_KSS.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True).clamp_(max=1.0).sqrt_()
+    gram_KSS = gram_KSS * scale_KS[:, :, None] * scale_KS[:, None, :]
+    return x_KMN * (scale_KS[:, None, :] if tall else scale_KS[:, :, None]), gram_KSS
+
+
+def _polynomial(gram_KSS: Tensor, polynomial: Polynomial) -> Tensor:
     """Return aI + bA + cA² of each Gram matrix A; symmetric, and it commutes with A."""
-    a, b, c = coefficients
+    a, b, c = polynomial
     poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
     poly_KSS.diagonal(dim1=1, dim2=2).add_(a)
     return poly_KSS

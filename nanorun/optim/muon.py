@@ -1,7 +1,9 @@
 """Muon: momentum, orthogonalised by Newton–Schulz, for the matrices between embedding and head.
 
 Keller Jordan et al., https://kellerjordan.github.io/posts/muon/; the scale rule `match_rms_adamw` and the
-decoupled decay from "Muon is Scalable for LLM Training", arXiv:2502.16982. This implementation is nanorun's.
+decoupled decay from "Muon is Scalable for LLM Training", arXiv:2502.16982; the coefficient sets from the papers
+named in matrix_functions.py; the cautious decay from arXiv:2510.12402; NorMuon's rows from arXiv:2510.05491.
+This implementation is nanorun's.
 
 Shapes: K matrices of M rows and N columns in a stack; P parameters, each of `n_stacked` matrices.
 """
@@ -10,17 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
-from nanorun.optim.matrix_functions import newton_schulz, shape_groups
-from nanorun.optim.options import REQUIRED, Option
+from nanorun.optim.matrix_functions import COEFFICIENTS, newton_schulz, shape_groups
+from nanorun.optim.options import REQUIRED, Option, Variant
 
 SUMMARY = "Momentum whose singular values are all brought near 1; for matrices, beside AdamW for the rest."
 PAPER = "https://kellerjordan.github.io/posts/muon/, arXiv:2502.16982"
+SOURCE = "nanorun"
 ROLES = ("matrix",)
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
@@ -29,7 +32,13 @@ OPTIONS = {
     ),
     "nesterov": Option(True, "look ahead: average the gradient once more with the momentum"),
     "weight_decay": Option(0.0, "decay per step is lr times this", low=0.0),
-    "ns_steps": Option(5, "Newton–Schulz steps", low=1, high=20),
+    "cautious_weight_decay": Option(False, "decay only the entries that the update shrinks as well"),
+    "ns_steps": Option(
+        5, "Newton–Schulz steps; turbo's preconditioning is the first of them", low=1, high=20
+    ),
+    "coefficients": Option(
+        "original", "polynomials of the Newton–Schulz steps, and how they start", choices=tuple(COEFFICIENTS)
+    ),
     "scale_rule": Option(
         "original",
         "size of the update: √max(1, rows/cols), or 0.2·√max(rows, cols) to share AdamW's lr",
@@ -39,8 +48,28 @@ OPTIONS = {
     "momentum_start": Option(
         0.85, "momentum at the first step of its warm-up", low=0.0, high=1.0, below_high=True
     ),
+    "momentum_cooldown_start": Option(
+        0, "step after which momentum falls: the run's steps less momentum_cooldown_steps", low=0
+    ),
+    "momentum_cooldown_steps": Option(0, "steps over which momentum falls to momentum_end", low=0),
+    "momentum_end": Option(0.85, "momentum at the end of its cool-down", low=0.0, high=1.0, below_high=True),
+    "normalize_rows": Option(False, "divide each row by the root of its average mean square (NorMuon)"),
+    "beta2": Option(
+        0.95, "weight of the past in the rows' average mean square", low=0.0, high=1.0, below_high=True
+    ),
     "eps": Option(1e-30, "Frobenius norm below which a gradient counts as noise", low=0.0),
 }
+VARIANTS = {
+    "normuon": Variant(
+        "Muon whose rows, one per neuron, are divided by the root of their average mean square.",
+        "arXiv:2510.05491",
+        held={"normalize_rows": True},
+        defaults={"scale_rule": "match_rms_adamw"},
+    ),
+}
+
+ROW_EPS = 1e-10
+"""Added to the root of a row's average mean square, as in NorMuon's own code, so that a row of zeros stays one."""
 
 
 def orthogonal_momentum(
@@ -50,6 +79,7 @@ def orthogonal_momentum(
     *,
     nesterov: bool,
     ns_steps: int,
+    coefficients: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the new momentum and the orthogonalised update, both KMN; `momentum` is a number or K11.
@@ -58,7 +88,10 @@ def orthogonal_momentum(
     """
     momentum_KMN = torch.lerp(momentum_KMN, grad_KMN, 1 - momentum)
     update_KMN = grad_KMN.lerp_(momentum_KMN, momentum) if nesterov else momentum_KMN
-    return momentum_KMN, newton_schulz(update_KMN, steps=ns_steps, eps=eps, overwrite=nesterov)
+    orthogonal_KMN = newton_schulz(
+        update_KMN, steps=ns_steps, coefficients=COEFFICIENTS[coefficients], eps=eps, overwrite=nesterov
+    )
+    return momentum_KMN, orthogonal_KMN
 
 
 def update_scale(scale_rule: str, rows: int, cols: int) -> float:
@@ -68,6 +101,38 @@ def update_scale(scale_rule: str, rows: int, cols: int) -> float:
     return math.sqrt(max(1.0, rows / cols))
 
 
+def normalize_rows(
+    update_KMN: Tensor, mean_square_KM1: Tensor, beta2: float, *, norm: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows' new average mean square, KM1, and the update with each row divided by its root.
+
+    The whole is then scaled to the Frobenius norm `norm`, or to the one it had. So a bias correction of the
+    average would cancel, and there is none. The memory of `update_KMN` is used up.
+    """
+    square_KM1 = torch.linalg.vector_norm(update_KMN, dim=2, keepdim=True).square_()
+    mean_square_KM1 = torch.lerp(mean_square_KM1, square_KM1 / update_KMN.size(2), 1 - beta2)
+    scale_KM1 = 1 / (mean_square_KM1.sqrt() + ROW_EPS)
+    new_norm_K11 = (square_KM1 * scale_KM1.square()).sum(dim=1, keepdim=True).sqrt_().clamp_(min=ROW_EPS)
+    norm_K11 = square_KM1.sum(dim=1, keepdim=True).sqrt_() if norm is None else norm
+    return mean_square_KM1, update_KMN.mul_(scale_KM1 * (norm_K11 / new_norm_K11))
+
+
+def with_cautious_decay(update_KMN: Tensor, parameter_KMN: Tensor, decay: float) -> Tensor:
+    """Return the update plus `decay` times the parameter, added only where the two do not differ in sign."""
+    same_sign_KMN = update_KMN * parameter_KMN >= 0
+    return torch.where(same_sign_KMN, update_KMN.add(parameter_KMN, alpha=decay), update_KMN)
+
+
+class _Matrix(NamedTuple):
+    """Views of one matrix, its gradient and its state, and the parameter that they are parts of."""
+
+    parameter: Tensor
+    grad: Tensor
+    momentum: Tensor
+    mean_square: Tensor | None
+    owner: Tensor
+
+
 class Muon(torch.optim.Optimizer):
     """Muon on stacks: all matrices of one shape and group go through Newton–Schulz together.
 
@@ -75,9 +140,26 @@ class Muon(torch.optim.Optimizer):
     number, or a list with one per parameter). A fused (3C, C) weight with 3 is treated as Q, K and V apart,
     the scale rule included.
 
-    State per parameter: `momentum_buffer`, an exponential average as in torch.optim.Muon; `step` only under a
-    momentum warm-up. If `found_inf` is set to a tensor on the parameters' device, an update for which it is
-    not zero changes neither parameters nor state, without the host waiting for it.
+    `coefficients` names the set of COEFFICIENTS that the Newton–Schulz steps use; newton_schulz says how near
+    to UVᵀ each comes. `turbo` takes one matrix product of a step for the first and is that much cheaper.
+
+    Momentum rises linearly from `momentum_start` over the first `momentum_warmup_steps` and falls linearly to
+    `momentum_end` over the `momentum_cooldown_steps` that follow step `momentum_cooldown_start`. An optimizer
+    does not know how long a run is, so the start is given: modded-nanogpt's 50 last steps of a run of T are
+    `momentum_cooldown_start` = T - 50 and `momentum_cooldown_steps` = 50.
+
+    `cautious_weight_decay` decays an entry only where update and parameter do not differ in sign, that is
+    where the update shrinks it as well.
+
+    `normalize_rows` is NorMuon: each row is divided by the root of its average mean square over the steps. Then
+    the whole is scaled: under `match_rms_adamw` to a root mean square of 0.2, which is the paper's rule; under
+    `original` to the norm it had before, as its authors' code does. modded-nanogpt's version differs: it takes
+    the columns instead of the rows where there are more of them.
+
+    State per parameter: `momentum_buffer`, an exponential average as in torch.optim.Muon; `exp_avg_sq`, one
+    number a row, only under `normalize_rows`; `step` only where momentum changes. If `found_inf` is set to a
+    tensor on the parameters' device, an update for which it is not zero changes neither parameters nor state,
+    without the host waiting for it.
     """
 
     supports_found_inf = True
@@ -90,10 +172,17 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
+        cautious_weight_decay: bool = False,
         ns_steps: int = 5,
+        coefficients: str = "original",
         scale_rule: str = "original",
         momentum_warmup_steps: int = 0,
         momentum_start: float = 0.85,
+        momentum_cooldown_start: int = 0,
+        momentum_cooldown_steps: int = 0,
+        momentum_end: float = 0.85,
+        normalize_rows: bool = False,
+        beta2: float = 0.95,
         eps: float = 1e-30,
     ) -> None:
         defaults = {
@@ -101,19 +190,40 @@ class Muon(torch.optim.Optimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "cautious_weight_decay": cautious_weight_decay,
             "ns_steps": ns_steps,
+            "coefficients": coefficients,
             "scale_rule": scale_rule,
             "momentum_warmup_steps": momentum_warmup_steps,
             "momentum_start": momentum_start,
+            "momentum_cooldown_start": momentum_cooldown_start,
+            "momentum_cooldown_steps": momentum_cooldown_steps,
+            "momentum_end": momentum_end,
+            "normalize_rows": normalize_rows,
+            "beta2": beta2,
             "eps": eps,
             "n_stacked": 1,
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, with the defaults for options that the state's groups do not know yet."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking that it holds matrices only, each divisible by its `n_stacked`."""
+        """Add a group after checking its options, and that it holds matrices divisible by their `n_stacked`."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        start, warmup_steps = group["momentum_cooldown_start"], group["momentum_warmup_steps"]
+        if group["momentum_cooldown_steps"] and start < max(1, warmup_steps):
+            raise UserError(
+                f"momentum_cooldown_steps = {group['momentum_cooldown_steps']} needs a momentum_cooldown_start of "
+                f"at least {max(1, warmup_steps)}, after momentum has risen, and it is {start}: give it the run's "
+                "steps less momentum_cooldown_steps"
+            )
         for parameter, n_stacked in zip(group["params"], stacked_counts(group), strict=True):
             shape = tuple(parameter.shape)
             if parameter.ndim != 2:
@@ -137,73 +247,108 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], skip: Tensor | None) -> None:
-        parameters, grads, momenta, owners = self._matrices(group)
-        if not parameters:
+        matrices = self._matrices(group)
+        if not matrices:
             return
-        warms_up = group["momentum_warmup_steps"] > 0
-        self._decay(group, owners, skip)
-        for indices in shape_groups(parameters):
-            old_KMN = torch.stack([momenta[i] for i in indices])
-            new_KMN, update_KMN = orthogonal_momentum(
-                torch.stack([grads[i] for i in indices]),
-                old_KMN,
-                self._warm_momentum(group, [owners[i] for i in indices]) if warms_up else group["momentum"],
-                nesterov=group["nesterov"],
-                ns_steps=group["ns_steps"],
-                eps=group["eps"],
-            )
-            if skip is not None:
-                # Selected, not multiplied: 0 times NaN is NaN.
-                new_KMN = torch.where(skip, old_KMN, new_KMN)
-                update_KMN = update_KMN.masked_fill_(skip, 0.0)
-            torch._foreach_copy_([momenta[i] for i in indices], list(new_KMN.unbind()))
-            size = update_scale(group["scale_rule"], *update_KMN.shape[1:])
-            chosen = [parameters[i] for i in indices]
-            torch._foreach_add_(chosen, list(update_KMN.unbind()), alpha=-group["lr"] * size)
-        if warms_up:
-            counted = list({id(owner): self.state[owner]["step"] for owner in owners}.values())
-            torch._foreach_add_(counted, 1.0 if skip is None else (~skip).float())
+        owners = list({id(matrix.owner): matrix.owner for matrix in matrices}.values())
+        if not group["cautious_weight_decay"]:
+            self._decay(group, owners, skip)
+        for indices in shape_groups([matrix.parameter for matrix in matrices]):
+            self._step_stack(group, [matrices[i] for i in indices], skip)
+        if _momentum_changes(group):
+            steps = [self.state[owner]["step"] for owner in owners]
+            torch._foreach_add_(steps, 1.0 if skip is None else (~skip).float())
 
-    def _matrices(
-        self, group: dict[str, Any]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Return views of each matrix with a gradient, of its gradient and momentum, and whose it is."""
-        parameters, grads, momenta, owners = [], [], [], []
+    def _step_stack(self, group: dict[str, Any], stack: list[_Matrix], skip: Tensor | None) -> None:
+        """Update matrices of one shape."""
+        parameters = [matrix.parameter for matrix in stack]
+        old_KMN = torch.stack([matrix.momentum for matrix in stack])
+        new_KMN, update_KMN = orthogonal_momentum(
+            torch.stack([matrix.grad for matrix in stack]),
+            old_KMN,
+            self._momentum(group, stack),
+            nesterov=group["nesterov"],
+            ns_steps=group["ns_steps"],
+            coefficients=group["coefficients"],
+            eps=group["eps"],
+        )
+        _write([matrix.momentum for matrix in stack], old_KMN, new_KMN, skip)
+        rows, cols = update_KMN.shape[1:]
+        if group["normalize_rows"]:
+            kept = [matrix.mean_square for matrix in stack if matrix.mean_square is not None]
+            old_KM1 = torch.stack(kept)
+            # 0.2·√max(rows, cols) times this norm is the paper's 0.2·√(rows·cols).
+            norm = math.sqrt(min(rows, cols)) if group["scale_rule"] == "match_rms_adamw" else None
+            new_KM1, update_KMN = normalize_rows(update_KMN, old_KM1, group["beta2"], norm=norm)
+            _write(kept, old_KM1, new_KM1, skip)
+        size = update_scale(group["scale_rule"], rows, cols)
+        if group["cautious_weight_decay"] and group["weight_decay"]:
+            decay = group["weight_decay"] / size
+            update_KMN = with_cautious_decay(update_KMN, torch.stack(parameters), decay)
+        if skip is not None:
+            update_KMN = update_KMN.masked_fill_(skip, 0.0)
+        torch._foreach_add_(parameters, list(update_KMN.unbind()), alpha=-group["lr"] * size)
+
+    def _matrices(self, group: dict[str, Any]) -> list[_Matrix]:
+        """Return every matrix that has a gradient, with its state, which is made where it is missing."""
+        matrices = []
         for parameter, n_stacked in zip(group["params"], stacked_counts(group), strict=True):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            if group["momentum_warmup_steps"]:
+            if group["normalize_rows"] and "exp_avg_sq" not in state:
+                state["exp_avg_sq"] = torch.zeros_like(parameter[:, :1])
+            if _momentum_changes(group):
                 # A loaded step count may lie on the CPU; elsewhere this moves nothing.
                 step = state.get("step", torch.zeros((), dtype=torch.float32))
                 state["step"] = step.to(parameter.device)
-            parameters += parameter.chunk(n_stacked)
-            grads += parameter.grad.to(parameter.dtype).chunk(n_stacked)
-            momenta += state["momentum_buffer"].chunk(n_stacked)
-            owners += [parameter] * n_stacked
-        return parameters, grads, momenta, owners
+            parts = (parameter, parameter.grad.to(parameter.dtype), state["momentum_buffer"])
+            views = [part.chunk(n_stacked) for part in parts]
+            squares = state["exp_avg_sq"].chunk(n_stacked) if group["normalize_rows"] else [None] * n_stacked
+            matrices += [_Matrix(*view, parameter) for view in zip(*views, squares, strict=True)]
+        return matrices
 
     def _decay(self, group: dict[str, Any], owners: list[Tensor], skip: Tensor | None) -> None:
         keep = 1 - group["lr"] * group["weight_decay"]
         if keep == 1:
             return
-        unique = list({id(owner): owner for owner in owners}.values())
         if skip is None:
-            torch._foreach_mul_(unique, keep)
+            torch._foreach_mul_(owners, keep)
         else:
             # The dtype in which the scalar path multiplies, so that both give the same bits.
-            dtype = torch.promote_types(unique[0].dtype, torch.float32)
+            dtype = torch.promote_types(owners[0].dtype, torch.float32)
             factor = torch.full((), keep, dtype=dtype, device=skip.device).masked_fill_(skip, 1.0)
-            torch._foreach_mul_(unique, factor)
+            torch._foreach_mul_(owners, factor)
 
-    def _warm_momentum(self, group: dict[str, Any], owners: list[Tensor]) -> Tensor:
-        """Return the momentum of each matrix at its parameter's step, K11, without a host synchronisation."""
-        step_K = torch.stack([self.state[owner]["step"] for owner in owners])
-        progress_K = (step_K / group["momentum_warmup_steps"]).clamp(max=1.0)
-        momentum_K = group["momentum_start"] + (group["momentum"] - group["momentum_start"]) * progress_K
-        return momentum_K[:, None, None].to(owners[0].dtype)
+    def _momentum(self, group: dict[str, Any], stack: list[_Matrix]) -> float | Tensor:
+        """Return the momentum, or that of each matrix at its parameter's step, K11, on the device."""
+        if not _momentum_changes(group):
+            return group["momentum"]
+        dtype = stack[0].parameter.dtype
+        step_K = torch.stack([self.state[matrix.owner]["step"] for matrix in stack])
+        step_K = step_K.to(torch.promote_types(dtype, torch.float32))
+        momentum_K = torch.full_like(step_K, group["momentum"])
+        if group["momentum_warmup_steps"]:
+            progress_K = (step_K / group["momentum_warmup_steps"]).clamp(max=1.0)
+            momentum_K = group["momentum_start"] + (group["momentum"] - group["momentum_start"]) * progress_K
+        if group["momentum_cooldown_steps"]:
+            fallen_K = (step_K - group["momentum_cooldown_start"]) / group["momentum_cooldown_steps"]
+            momentum_K = momentum_K - (group["momentum"] - group["momentum_end"]) * fallen_K.clamp(0.0, 1.0)
+        return momentum_K[:, None, None].to(dtype)
+
+
+def _momentum_changes(group: dict[str, Any]) -> bool:
+    return group["momentum_warmup_steps"] > 0 or group["momentum_cooldown_steps"] > 0
+
+
+def _write(targets: list[Tensor], old_K: Tensor, new_K: Tensor, skip: Tensor | None) -> None:
+    """Copy the new state into its tensors; the old one where `skip`."""
+    if skip is not None:
+        # Selected, not multiplied: 0 times NaN is NaN.
+        new_K = torch.where(skip, old_K, new_K)
+    torch._foreach_copy_(targets, list(new_K.unbind()))
 
 
 def stacked_counts(group: dict[str, Any]) -> list[int]:
