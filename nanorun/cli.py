@@ -72,7 +72,9 @@ def prepare_data(
 def train(
     context: typer.Context,
     track: Annotated[str | None, typer.Option(help=f"The competition: {TRACKS}.")] = None,
-    optim: Annotated[str | None, typer.Option(help="A preset: a config's name under the track.")] = None,
+    optim: Annotated[
+        str | None, typer.Option(help="A preset under the track, or path/to/file.py:Class.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The first seed.")] = None,
     seeds: Annotated[
         int,
@@ -194,6 +196,23 @@ def sample(
     from nanorun.sample import sample as write
 
     typer.echo(write(run, prompt=prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+@app.command(epilog="Example: nanorun optimizers muon")
+def optimizers(
+    name: Annotated[str | None, typer.Argument(help="One optimizer; all of them without it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the optimizers: options, state, paper, and whose code each is."""
+    from nanorun.optimizers import all_names, describe, show_all, show_one
+
+    if as_json:
+        pages = [describe(one) for one in ([name] if name else all_names())]
+        _print_json(pages[0] if name else {"optimizers": pages}, True)
+    elif name is None:
+        show_all(_console(False))
+    else:
+        show_one(name, _console(False))
 
 
 @app.command(epilog="Example: nanorun doctor --json")

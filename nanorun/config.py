@@ -100,10 +100,12 @@ class TrainConfig(_Strict):
     """Tokens per optimizer step, all ranks together; a multiple of context_len."""
     micro_batch_rows: int = Field(0, ge=0)
     """Rows of one forward pass on one rank; 0 lets the machine decide."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    schedule: Literal["constant", "linear", "cosine", "wsd", "cyclic"] = "wsd"
     warmup_steps: int = Field(0, ge=0)
     cooldown_fraction: float = Field(0.4, ge=0, le=1)
     """Share of the steps over which `wsd` falls."""
+    cycles: int = Field(1, ge=1)
+    """Equal parts of the run, each with its warm-up and its fall, under `cyclic`."""
     final_scale: float = Field(0.0, ge=0, le=1)
     """Scale of the learning rate after the last step."""
     grad_clip: float = Field(0.0, ge=0)
@@ -123,6 +125,21 @@ class ValidationConfig(_Strict):
     """The first step that may be validated, the last step aside."""
     stride: int = Field(0, ge=0)
     """Tokens predicted by a window; 0 means context_len. Smaller gives each token more context."""
+
+
+class AverageConfig(_Strict):
+    """An average of the weights that validation, samples and the final weights are taken from (LAWA)."""
+
+    kind: Literal["none", "queue", "ema"] = "none"
+    """`queue`: the mean of the last snapshots. `ema`: an exponential average of all of them."""
+    every_steps: int = Field(10, ge=1)
+    """Steps between snapshots of the weights."""
+    from_step: int = Field(0, ge=0)
+    """The first step after which a snapshot may be taken."""
+    snapshots: int = Field(5, ge=1)
+    """Length of the queue."""
+    beta: float = Field(0.9, ge=0, lt=1)
+    """Weight of the past in the exponential average, per snapshot."""
 
 
 class CheckpointConfig(_Strict):
@@ -145,6 +162,7 @@ class RunConfig(_Strict):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     validation: ValidationConfig = ValidationConfig()
+    average: AverageConfig = AverageConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     optim: dict[str, dict[str, Any]]
@@ -240,17 +258,23 @@ def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any)
     known = preset_names(track)
     if preset not in known:
         raise UserError(
-            f"no preset {preset!r} under track {track.name!r}; there are {', '.join(known)}.{nearest(preset, known)}"
+            f"no preset {preset!r} under track {track.name!r}; there are {', '.join(known)}, or an optimizer of "
+            f"yours as path/to/file.py:Class.{nearest(preset, known)}"
         )
     path = track.folder / f"{preset}.toml"
+    return resolve_values(track, preset, read_toml(path), settings, where=str(path), **top)
+
+
+def resolve_values(
+    track: Track, name: str, preset: Mapping[str, Any], settings: Sequence[str], *, where: str, **top: Any
+) -> RunConfig:
+    """Return the config of a preset's tables, called `name`, as `resolve` does; `where` is for messages."""
     changes = [parse_setting(text) for text in settings]
     for key, _ in changes:
         if key.split(".")[0] in ("track", "name"):
             raise UserError(f"--set {key}: use --track or --optim")
-    values = merged(
-        track.fixed, read_toml(path), nested(changes), {"track": track.name, "name": preset, **top}
-    )
-    where = str(path) + (f" with --set {' '.join(settings)}" if settings else "")
+    values = merged(track.fixed, preset, nested(changes), {"track": track.name, "name": name, **top})
+    where += f" with --set {' '.join(settings)}" if settings else ""
     config = make_config(values, where=where)
     track.check(config.model_dump())
     return config

@@ -26,7 +26,7 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
     saved, _ = checkpoint.load_newest(run / "checkpoints")
     tokenizer = tokenizer_from_manifest(saved.state["tokenizer"])
     model = GPT(config.model, tokenizer.vocab_size)
-    model.load_state_dict(saved.model)
+    model.load_state_dict(saved.evaluation)
     return model.eval(), tokenizer
 
 

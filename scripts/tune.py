@@ -10,6 +10,12 @@ The space is a TOML file, `configs/<track>/search/<preset>.toml`, with one table
     [space."model.zero_init_projections"]
     choices = [true, false]
 
+A `[preset]` table there is the config that the trials vary; without one it is `configs/<track>/<preset>.toml`.
+What all searches of a track share stands in `search/common.toml`, and each search's own file lies over it.
+
+`--set` may contradict what the track fixes, which makes the trials runs on a shortened track; the JSON says how.
+`--write STEPS` ends by writing the best trial as `configs/<track>/<preset>.toml`, to run STEPS steps.
+
 Whole numbers for `low` and `high` give whole values. A key may end in a list's index, as in
 "optim.default.betas.1". The points are the first of scipy's scrambled Sobol sequence (seed 0), as AlgoPerf's
 external tuning draws its own. Trials are written as JSON after each one; the same command goes on where it was
@@ -18,8 +24,8 @@ stopped. The score is the validation loss at the declared last step.
 `--around FILE` tries the best trial of an earlier search again, then a smaller box around it: each dimension
 keeps `--shrink` of its width, moved inwards where it would leave the space, and each choice is the best trial's.
 
-    python scripts/tune.py --track sotu --optim muon --trials 32 --set train.steps=140 \
-        --out records/benchmarks/tune-sotu-muon.json
+    python scripts/tune.py --track sotu --optim muon --trials 16 --set train.steps=80 \
+        --set train.batch_tokens=2048 --out records/benchmarks/tune-sotu/muon.json
 """
 
 from __future__ import annotations
@@ -33,10 +39,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanorun.config import resolve
+from nanorun.config import make_config
 from nanorun.errors import RunFailed, UserError
-from nanorun.tables import read_toml
-from nanorun.tracks import load_track
+from nanorun.tables import flattened, merged, nested, parse_setting, read_toml, to_toml
+from nanorun.tracks import Track, load_track
 
 
 def points(
@@ -117,6 +123,7 @@ def main() -> None:
     parser.add_argument("--optim", required=True)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--set", dest="settings", action="append", default=[], help="held for all trials")
+    parser.add_argument("--write", type=int, metavar="STEPS", help="write the best trial as the preset")
     parser.add_argument("--around", type=Path, help="an earlier search: look near its best trial")
     parser.add_argument("--shrink", type=float, default=0.4, help="share of each dimension's width kept then")
     parser.add_argument("--out", type=Path, required=True)
@@ -134,8 +141,7 @@ def main() -> None:
 
 def search(arguments: argparse.Namespace) -> None:
     track = load_track(arguments.track)
-    space = read_toml(track.folder / "search" / f"{arguments.optim}.toml")["space"]
-    preset = read_toml(track.folder / f"{arguments.optim}.toml")
+    preset, space = read_search(track, arguments.optim)
     around = best_trial(json.loads(arguments.around.read_text()))["point"] if arguments.around else None
     document: dict[str, Any] = {
         "track": arguments.track,
@@ -147,12 +153,18 @@ def search(arguments: argparse.Namespace) -> None:
         "trials": [],
     }
     if arguments.out.exists():
-        document = json.loads(arguments.out.read_text())
+        found = json.loads(arguments.out.read_text())
+        for key in ("held", "seed", "around", "space"):
+            if found[key] != document[key]:
+                raise UserError(
+                    f"{arguments.out} holds trials of another search ({key} differs): move it away, or go on "
+                    "with the options and the space it began with"
+                )
+        document = found
     for number, point in enumerate(points(space, arguments.trials, around, arguments.shrink)):
         if number < len(document["trials"]):
             continue
-        settings = [*arguments.settings, *as_settings(point, preset)]
-        trial = {"trial": number, "point": point, **run_trial(arguments, track, settings)}
+        trial = {"trial": number, "point": point, **run_trial(arguments, track, preset, point)}
         document["trials"].append(trial)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         beside = arguments.out.with_suffix(".partial")
@@ -163,6 +175,35 @@ def search(arguments: argparse.Namespace) -> None:
     print(
         f"best of {len(document['trials'])}: trial {best['trial']}, {best['final_val_loss']}: {best['point']}"
     )
+    if arguments.write:
+        print(f"written: {write_preset(arguments, track, preset, best)}")
+
+
+def read_search(track: Track, optim: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the config that the trials of a search vary, and the space they vary it in."""
+    folder = track.folder / "search"
+    common = folder / "common.toml"
+    found = merged(read_toml(common) if common.exists() else {}, read_toml(folder / f"{optim}.toml"))
+    preset = found["preset"] if "preset" in found else read_toml(track.folder / f"{optim}.toml")
+    # An empty table takes a dimension of common.toml out.
+    return preset, {key: dimension for key, dimension in found["space"].items() if dimension}
+
+
+def write_preset(
+    arguments: argparse.Namespace, track: Track, preset: dict[str, Any], best: dict[str, Any]
+) -> Path:
+    """Write the best trial as the track's preset, under a comment with the command that found it."""
+    changes = [parse_setting(text) for text in as_settings(best["point"], preset)]
+    values = merged(preset, nested(changes), {"train": {"steps": arguments.write}})
+    held = " ".join(f"--set {setting}" for setting in arguments.settings)
+    comment = (
+        f"# Trial {best['trial']} of {arguments.trials}, the best, at {best['final_val_loss']:.4f}, found by\n"
+        f"# python scripts/tune.py --track {arguments.track} --optim {arguments.optim} --trials {arguments.trials} "
+        f"{held} --threads 1 --out {arguments.out.as_posix()}\n"
+    )
+    path = track.folder / f"{arguments.optim}.toml"
+    path.write_text(comment + to_toml(values))
+    return path
 
 
 def best_trial(document: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +212,9 @@ def best_trial(document: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run_trial(arguments: argparse.Namespace, track: Any, settings: list[str]) -> dict[str, Any]:
+def run_trial(
+    arguments: argparse.Namespace, track: Track, preset: dict[str, Any], point: dict[str, Any]
+) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
@@ -179,20 +222,26 @@ def run_trial(arguments: argparse.Namespace, track: Any, settings: list[str]) ->
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config = resolve(track, arguments.optim, settings, seed=arguments.seed)
+    changes = [parse_setting(text) for text in [*arguments.settings, *as_settings(point, preset)]]
+    top = {"track": track.name, "name": arguments.optim, "seed": arguments.seed}
+    values = merged(track.fixed, preset, nested(changes), top)
     # The trial's single reading is at its last step.
-    validation = config.validation.model_copy(update={"from_step": config.train.steps})
-    config = config.model_copy(update={"validation": validation})
+    values["validation"]["from_step"] = values["train"]["steps"]
+    config = make_config(values, where=f"the search of {arguments.optim}")
     with tempfile.TemporaryDirectory() as folder:
         options = Options(runs=Path(folder), data=arguments.data, record=False)
-        unfixed = track.model_copy(
-            update={"fixed": {k: v for k, v in track.fixed.items() if k != "validation"}}
-        )
+        shortened = track.model_copy(update={"fixed": _what_is_fixed(track, values)})
         try:
-            result = train(config, unfixed, options, Console(quiet=True))
+            result = train(config, shortened, options, Console(quiet=True))
         except RunFailed as error:
             return {"final_val_loss": None, "failed": str(error)}
     return {"final_val_loss": result["final_val_loss"], "train_seconds": result["clock"]["train_seconds"]}
+
+
+def _what_is_fixed(track: Track, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the track's fixed tables with the values that the trials run under."""
+    there = flattened(values)
+    return nested((key, there[key]) for key in flattened(track.fixed))
 
 
 if __name__ == "__main__":

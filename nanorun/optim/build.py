@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError, nearest
-from nanorun.optim.options import check_options
+from nanorun.optim.averaging import WeightAverage
+from nanorun.optim.options import Option, Variant, check_options
 
 ROLE_NAMES = ("embedding", "head", "matrix", "vector")
 
-_NOT_ALGORITHMS = frozenset({"build", "matrix_functions", "schedules", "averaging", "options"})
+_NOT_ALGORITHMS = frozenset(
+    {"build", "matrix_functions", "inverse_roots", "schedules", "averaging", "options", "pages"}
+)
+
+ELSEWHERE = {
+    "cyclic_lr": 'a schedule around nadamw: set train.schedule = "cyclic" and train.cycles',
+    "lawa_queue": 'an average around any optimizer: set average.kind = "queue"',
+    "lawa_ema": 'an average around any optimizer: set average.kind = "ema"',
+}
+"""Presets that bear an optimizer's name and are none: what they are, and how a config says it."""
 
 
 class HasRoles(Protocol):
@@ -37,20 +47,42 @@ class Algorithm(NamedTuple):
     name: str
     cls: type[torch.optim.Optimizer]
     roles: tuple[str, ...]
-    module: ModuleType | None
-    """The module with the table of options; None where the class comes from outside."""
+    table: Mapping[str, Option] | None
+    """The options that can be given; None where an outside class has its signature alone."""
+    held: Mapping[str, Any]
+    """Options that the name stands for."""
+    module: ModuleType
+    outside: bool
+    """Whether the class comes from outside nanorun."""
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options checked, or raise UserError naming the one that is wrong."""
-        if self.module is not None:
-            return check_options(self.name, self.module.OPTIONS, given)
-        return _check_signature(self.name, self.cls, given)
+        if self.table is None:
+            return _check_signature(self.name, self.cls, given)
+        for option in given:
+            if option in self.held:
+                raise UserError(
+                    f"{self.name} holds {option} = {self.held[option]!r}: leave {option} out, or take the "
+                    f"algorithm that it is a variant of, {self.module.__name__.rpartition('.')[2]}"
+                )
+        return {**check_options(self.name, self.table, given), **self.held}
 
 
 def algorithms() -> list[str]:
-    """Return the names of the optimizers that ship with nanorun: one module each in this package."""
+    """Return the names of the algorithms that ship with nanorun: one module each in this package."""
     found = pkgutil.iter_modules([str(Path(__file__).parent)])
     return sorted(module.name for module in found if module.name not in _NOT_ALGORITHMS)
+
+
+def optimizer_names() -> list[str]:
+    """Return every name that `create` takes: the algorithms and their variants."""
+    return sorted([*algorithms(), *_variants()])
+
+
+def _variants() -> dict[str, str]:
+    """Return the module of each variant's name."""
+    modules = {name: importlib.import_module(f"nanorun.optim.{name}") for name in algorithms()}
+    return {variant: name for name, module in modules.items() for variant in getattr(module, "VARIANTS", {})}
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -60,16 +92,25 @@ def find_algorithm(name: str) -> Algorithm:
     config or command line only; nothing that nanorun downloads or reads from a record gets here by itself.
     """
     if not isinstance(name, str):
-        raise UserError(f"optimizer name {name!r}: wanted a string, one of {', '.join(algorithms())}")
+        raise UserError(f"optimizer name {name!r}: wanted a string, one of {', '.join(optimizer_names())}")
     if ":" in name:
-        return Algorithm(name, _load_external(name), ROLE_NAMES, None)
-    if name not in algorithms():
-        raise UserError(
-            f"unknown optimizer {name!r}: wanted one of {', '.join(algorithms())}, or an outside one as "
-            f"'package.module:Class' or 'path/to/file.py:Class'.{nearest(name, algorithms())}"
-        )
-    module = importlib.import_module(f"nanorun.optim.{name}")
-    return Algorithm(name, module.CLASS, module.ROLES, module)
+        return _outside(name)
+    if name in algorithms():
+        module = importlib.import_module(f"nanorun.optim.{name}")
+        return Algorithm(name, module.CLASS, module.ROLES, module.OPTIONS, {}, module, False)
+    if name in ELSEWHERE:
+        raise UserError(f"{name!r} is no optimizer but {ELSEWHERE[name]}")
+    variants = _variants()
+    if name in variants:
+        module = importlib.import_module(f"nanorun.optim.{variants[name]}")
+        variant: Variant = module.VARIANTS[name]
+        table = variant.options(module.OPTIONS)
+        return Algorithm(name, module.CLASS, module.ROLES, table, variant.held, module, False)
+    known = sorted([*algorithms(), *variants])
+    raise UserError(
+        f"unknown optimizer {name!r}: wanted one of {', '.join(known)}, or an outside one as "
+        f"'package.module:Class' or 'path/to/file.py:Class'.{nearest(name, known)}"
+    )
 
 
 def create(name: str, params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
@@ -82,7 +123,9 @@ def create(name: str, params: Iterable[Any], **options: Any) -> torch.optim.Opti
     return _construct(algorithm, list(params), algorithm.options(options))
 
 
-def build_optimizers(model: HasRoles, optim: Mapping[str, Mapping[str, Any]]) -> OptimizerSet:
+def build_optimizers(
+    model: HasRoles, optim: Mapping[str, Mapping[str, Any]], average: WeightAverage | None = None
+) -> OptimizerSet:
     """Return the optimizers of a model, every parameter in exactly one group.
 
     `optim` maps a role, or "default" for all roles without an entry of their own, to an algorithm's "name"
@@ -109,11 +152,11 @@ def build_optimizers(model: HasRoles, optim: Mapping[str, Mapping[str, Any]]) ->
             "role": role,
             "n_stacked": [n_stacked for _, _, n_stacked in members],
         }
-        key = algorithm.name if algorithm.module is not None else f"{algorithm.name} {role}"
+        key = f"{algorithm.name} {role}" if algorithm.outside else algorithm.name
         parts.setdefault(key, []).append((algorithm, group))
     optimizers = [_construct_groups(part) for part in parts.values()]
     _prove_assigned_once(model, optimizers)
-    return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()])
+    return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()], average)
 
 
 Members = list[tuple[str, Tensor, int]]
@@ -156,7 +199,9 @@ def _checked(key: str, given: Mapping[str, Any]) -> tuple[Algorithm, dict[str, A
     """Return the algorithm and the checked options of one entry of `optim`."""
     options = dict(given)
     if "name" not in options:
-        raise UserError(f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(algorithms())}')
+        raise UserError(
+            f'[optim.{key}] names no optimizer: add name = "…", one of {", ".join(optimizer_names())}'
+        )
     algorithm = find_algorithm(options.pop("name"))
     if key != "default":
         _check_role(algorithm, key)
@@ -167,7 +212,7 @@ def _construct(algorithm: Algorithm, params: list[Any], options: dict[str, Any])
     try:
         return algorithm.cls(params, **options)
     except (TypeError, ValueError) as error:
-        if algorithm.module is not None:
+        if not algorithm.outside or isinstance(error, UserError):
             raise
         raise UserError(f"{algorithm.name} refused its options {options}: {error}") from error
 
@@ -210,7 +255,30 @@ def _check_signature(name: str, cls: type, given: Mapping[str, Any]) -> dict[str
     return dict(given)
 
 
-def _load_external(name: str) -> type[torch.optim.Optimizer]:
+def _outside(name: str) -> Algorithm:
+    """Return the algorithm of an outside class, by the same table as ours where its module has one.
+
+    A module laid out as those of this package (CLASS, OPTIONS and, if it likes, ROLES) has its options checked
+    and listed by the table; any other class by the names in its constructor's signature.
+    """
+    cls, module = _load_external(name)
+    if getattr(module, "CLASS", None) is not cls:
+        return Algorithm(name, cls, ROLE_NAMES, None, {}, module, True)
+    table, roles = getattr(module, "OPTIONS", None), tuple(getattr(module, "ROLES", ROLE_NAMES))
+    if table is not None and not (
+        isinstance(table, dict) and all(isinstance(option, Option) for option in table.values())
+    ):
+        raise UserError(
+            f"{name}: its module's OPTIONS must be a dict of names to nanorun.optim.options.Option; leave it out "
+            "to have the options checked by the constructor's signature"
+        )
+    unknown = [role for role in roles if role not in ROLE_NAMES]
+    if unknown:
+        raise UserError(f"{name}: its module's ROLES has {unknown[0]!r}: wanted {', '.join(ROLE_NAMES)}")
+    return Algorithm(name, cls, roles, table, {}, module, True)
+
+
+def _load_external(name: str) -> tuple[type[torch.optim.Optimizer], ModuleType]:
     where, _, class_name = name.rpartition(":")
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found = getattr(module, class_name, None)
@@ -224,7 +292,7 @@ def _load_external(name: str) -> type[torch.optim.Optimizer]:
         raise UserError(
             f"{where} has no torch Optimizer called {class_name!r}: {listed}.{nearest(class_name, classes)}"
         )
-    return found
+    return found, module
 
 
 def _import_module(where: str) -> ModuleType:
@@ -271,8 +339,15 @@ class GroupRow(NamedTuple):
 class OptimizerSet:
     """All optimizers of a model, stepped, scaled, saved and loaded as one."""
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], names: list[str]) -> None:
-        self.optimizers, self.names = optimizers, names
+    def __init__(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        names: list[str],
+        average: WeightAverage | None = None,
+    ) -> None:
+        self.optimizers, self.names, self.average = optimizers, names, average
+        self._with_modes = [one for one in optimizers if hasattr(one, "eval") and hasattr(one, "train")]
+        self._training_weights: list[Tensor] | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         """Return every parameter group, in order."""
@@ -295,13 +370,20 @@ class OptimizerSet:
     def step(self, skip: Tensor | None = None) -> None:
         """Update all parameters; where `skip` (0-dim, on their device) is not zero, change nothing at all.
 
-        Parameters, moments and step counters keep their bits, and the host does not wait to learn which it
-        was. Optimizers that read `found_inf`, torch's convention, do this themselves; any other is put back
-        from a copy, at the price of that copy. Counters that such a one keeps as Python numbers do move on.
+        Parameters, moments and step counters keep their bits. On the CPU, and where an optimizer says
+        `skips_on_host`, the host reads the flag. Else it does not wait to learn it: optimizers that read
+        `found_inf`, torch's convention, do this themselves, and any other is put back from a copy, at the
+        price of that copy; counters that such a one keeps as Python numbers do move on.
         """
+        on_host = skip is not None and (
+            skip.device.type == "cpu" or any(getattr(o, "skips_on_host", False) for o in self.optimizers)
+        )
+        skipped = on_host and bool(skip)
         for optimizer in self.optimizers:
-            if skip is None:
+            if skip is None or (on_host and not skipped):
                 optimizer.step()
+            elif skipped:
+                continue
             elif _reads_found_inf(optimizer):
                 optimizer.found_inf = skip.to(torch.float32)
                 try:
@@ -311,11 +393,45 @@ class OptimizerSet:
             else:
                 _step_or_put_back(optimizer, skip != 0)
 
+    def after_step(self, done: int) -> None:
+        """Let the average, if there is one, take its snapshot of the weights after `done` finished steps."""
+        if self.average is not None:
+            self.average.after_step(done, self.parameters())
+
+    @property
+    def evaluates_other_weights(self) -> bool:
+        """Whether a run is judged by other weights than those it trains: an average, schedule-free's x."""
+        return self.average is not None or bool(self._with_modes)
+
+    @torch.no_grad()
+    def to_evaluation(self) -> None:
+        """Put the weights that the run is judged by into the parameters, and keep those it trains."""
+        if not self.evaluates_other_weights or self._training_weights is not None:
+            return
+        parameters = self.parameters()
+        self._training_weights = [parameter.clone() for parameter in parameters]
+        for optimizer in self._with_modes:
+            optimizer.eval()
+        if self.average is not None:
+            self.average.copy_to(parameters)
+
+    @torch.no_grad()
+    def to_training(self) -> None:
+        """Put back the weights that `to_evaluation` kept, bit for bit."""
+        if self._training_weights is None:
+            return
+        for optimizer in self._with_modes:
+            optimizer.train()
+        # Copied, because an optimizer that computes its way back, as schedule-free does, rounds.
+        torch._foreach_copy_(self.parameters(), self._training_weights)
+        self._training_weights = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return names and states; plain containers and tensors, as torch.load(weights_only=True) wants."""
         return {
             "names": list(self.names),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -330,6 +446,8 @@ class OptimizerSet:
                 optimizer.load_state_dict(saved)
             except ValueError as error:
                 raise UserError(f"the optimizer state does not fit this model ({error})") from error
+        if self.average is not None:
+            self.average.load_state_dict(state.get("average") or {}, self.parameters())
 
     def table(self) -> list[GroupRow]:
         """Return one row per group: what the run's start prints."""
@@ -347,9 +465,9 @@ class OptimizerSet:
 
     def state_bytes(self) -> int:
         """Return the bytes of all state tensors; before the first step there may be none."""
-        return sum(
-            tensor.nbytes for optimizer in self.optimizers for tensor in _state_tensors(optimizer).values()
-        )
+        averages = [] if self.average is None else self.average.tensors()
+        states = [list(_state_tensors(optimizer).values()) for optimizer in self.optimizers]
+        return sum(tensor.nbytes for tensors in [averages, *states] for tensor in tensors)
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:

@@ -21,6 +21,8 @@ from nanorun.errors import UserError
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.pt", "state.json")
+EVALUATION = "evaluation.safetensors"
+"""The weights a run is judged by, there only where they are not those it trains (an average, schedule-free)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Checkpoint:
 
     path: Path
     model: dict[str, torch.Tensor]
+    """The weights that training goes on with."""
+    evaluation: dict[str, torch.Tensor]
+    """The weights that the run is judged by: `model`, or an average of it."""
     optimizer: dict[str, Any]
     state: dict[str, Any]
     """What else the run needs: step, clock, validation points, choices the machine made."""
@@ -51,10 +56,12 @@ def save(
     model: torch.nn.Module,
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
+    evaluation: Mapping[str, torch.Tensor] | None = None,
     keep: int,
 ) -> Path:
     """Write `folder/step-<step>` whole or not at all, drop all but the newest `keep`, return its path.
 
+    `evaluation` are weights the run is judged by, where they are others than the model's.
     Raises UserError when the disk is full; earlier checkpoints stay as they were.
     """
     final = folder / f"step-{step:08d}"
@@ -62,17 +69,20 @@ def save(
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(model).items()}
-        save_file(tensors, beside / FILES[0])
+        save_file(_unshared(model.state_dict()), beside / FILES[0])
+        files = list(FILES)
+        if evaluation is not None:
+            save_file(_unshared(evaluation), beside / EVALUATION)
+            files.append(EVALUATION)
         torch.save(dict(optimizer), beside / FILES[1])
         (beside / FILES[2]).write_text(json.dumps(dict(state), allow_nan=False))
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "sha256": {name: sha256_of(beside / name) for name in FILES},
+            "sha256": {name: sha256_of(beside / name) for name in files},
         }
         (beside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for name in (*FILES, "manifest.json"):
+        for name in (*files, "manifest.json"):
             _sync(beside / name)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
@@ -121,7 +131,7 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path}: its manifest.json is missing or broken ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version!r}, and this nanorun reads {FORMAT_VERSION}")
-    for name in FILES:
+    for name in sorted({*FILES, *(name for name in hashes if name == EVALUATION)}):
         if not (path / name).is_file() or sha256_of(path / name) != hashes.get(name):
             raise UserError(
                 f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
@@ -129,20 +139,22 @@ def load(path: Path) -> Checkpoint:
     try:
         optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
         state = json.loads((path / FILES[2]).read_text())
-        return Checkpoint(path, load_file(path / FILES[0]), optimizer, state)
+        model = load_file(path / FILES[0])
+        evaluation = load_file(path / EVALUATION) if EVALUATION in hashes else model
+        return Checkpoint(path, model, evaluation, optimizer, state)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read ({reason}); remove this folder to use an older one") from None
 
 
-def _unshared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _unshared(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors refuses two names for one storage; a tied head is a single parameter of the model, and
     # only its first name is kept.
     seen: set[int] = set()
     kept = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if tensor.data_ptr() not in seen or not tensor.numel():
-            kept[name] = tensor
+            kept[name] = tensor.detach().cpu().contiguous()
             seen.add(tensor.data_ptr())
     return kept
 

@@ -9,13 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
-from nanorun.config import make_config, resolve
+from nanorun.config import RunConfig, make_config, resolve, resolve_values
 from nanorun.errors import Stopped, UserError
+from nanorun.optim.build import ROLE_NAMES, find_algorithm
 from nanorun.tables import read_toml
-from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, load_track, preset_names
+from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, Track, load_track, preset_names
 from nanorun.training import distributed
 from nanorun.training.setup import Options, write_options
 from nanorun.training.train import train
+
+BASE_PRESET = "adamw"
+"""What an outside optimizer's run takes model, schedule and steps from."""
 
 
 def train_seeds(
@@ -41,8 +45,9 @@ def train_seeds(
             )
         preset = DEFAULT_PRESET if DEFAULT_PRESET in names else names[0]
     top = {} if seed is None else {"seed": seed}
-    first = resolve(track, preset, settings, **top).seed
-    configs = [resolve(track, preset, settings, seed=first + k) for k in range(n_seeds)]
+    read = _resolve_outside if ":" in preset else resolve
+    first = read(track, preset, settings, **top).seed
+    configs = [read(track, preset, settings, seed=first + k) for k in range(n_seeds)]
     results: list[dict[str, Any]] = []
     try:
         for config in configs:
@@ -54,6 +59,24 @@ def train_seeds(
         raise Stopped(f"{stopped}{more}") from None
     finally:
         distributed.leave()
+
+
+def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
+    """Return the config of an outside optimizer, "package.module:Class" or "path/to/file.py:Class".
+
+    Everything but the optimizer is taken from the track's preset `adamw`, and so are the optimizers of the roles
+    that the class does not take. Its options come with `--set optim.default.lr=…`, or `optim.matrix.lr=…` and
+    so on, role by role.
+    """
+    base = BASE_PRESET if BASE_PRESET in preset_names(track) else preset_names(track)[0]
+    path = track.folder / f"{base}.toml"
+    values = read_toml(path)
+    roles = find_algorithm(optim).roles
+    theirs = {role: {"name": optim} for role in roles} if len(roles) < len(ROLE_NAMES) else {}
+    rest = values["optim"]["default"] if theirs else {"name": optim}
+    values["optim"] = {**theirs, "default": rest}
+    name = optim.rpartition(":")[2].lower()
+    return resolve_values(track, name, values, settings, where=f"{optim} over {path}", **top)
 
 
 def resume_run(folder: Path, console: Console, anew: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from nanorun.data.sources import load_source, source_names
 from nanorun.errors import UserError
 from nanorun.files import write_whole
 from nanorun.model import GPT
+from nanorun.optim.averaging import make_average
 from nanorun.optim.build import OptimizerSet, build_optimizers
 from nanorun.records.record import Hardware
 from nanorun.tables import to_toml
@@ -99,7 +100,7 @@ def set_up(
         stride=config.validation.stride or context_len,
     )
     model = _new_model(config, manifest.vocab_size, device)
-    optimizers = build_optimizers(model, config.optim_by_role)
+    optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
     run_folder = resume or Path(
         ranks.broadcast_text(str(_new_folder(config, options)) if ranks.leads else "")

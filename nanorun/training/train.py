@@ -107,9 +107,11 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
             warmup_steps=plan.warmup_steps,
             cooldown_fraction=plan.cooldown_fraction,
             final_scale=plan.final_scale,
+            **({"cycles": plan.cycles} if plan.schedule == "cyclic" else {}),
         )
         result = run.stepper.step(step, scale, stop_vote=run.stop_asked)
         run.done = step + 1
+        run.optimizers.after_step(run.done)
         run.bad_step = torch.where((run.bad_step < 0) & result.bad, step, run.bad_step)
         if _reads_flags(run):
             _raise_if_bad(run, float(result.loss), float(result.grad_norm))
@@ -119,8 +121,11 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
             rows({**row, "loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr_scale": scale})
             progress.train(run.done, float(result.loss), seconds)
         if _validates(run):
+            # The swap counts, as in AlgoPerf: whoever needs other weights to be judged by pays for them.
+            run.optimizers.to_evaluation()
             with run.clock.paused("validation"):
                 _validate(run, progress, rows)
+            run.optimizers.to_training()
         asked_to_stop = _is_voted_to_stop(run, result.stop_votes)
         if asked_to_stop or (
             checks.every_steps and run.done % checks.every_steps == 0 and run.done < plan.steps
@@ -207,8 +212,19 @@ def _save(run: Run) -> None:
             model=run.model,
             optimizer=run.optimizers.state_dict(),
             state=state,
+            evaluation=_evaluation_weights(run),
             keep=run.config.checkpoint.keep,
         )
+
+
+def _evaluation_weights(run: Run) -> dict[str, torch.Tensor] | None:
+    """Return a copy of the weights that the run is judged by, where they are not those it trains."""
+    if not run.optimizers.evaluates_other_weights:
+        return None
+    run.optimizers.to_evaluation()
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
+    run.optimizers.to_training()
+    return weights
 
 
 @contextmanager
@@ -266,7 +282,9 @@ def _finish(run: Run) -> dict[str, Any]:
     with run.clock.paused("checkpoint"):
         _save(run)
     clock = run.clock.seconds()
+    run.optimizers.to_evaluation()
     weights = checkpoint.weights_sha256(run.model)
+    run.optimizers.to_training()
     result = as_json(run.outcome, run=run.folder, record=None, steps=run.done, weights=weights, clock=clock)
     if run.ranks.leads and run.options.record:
         result["record"] = str(recording.write(run, result))
