@@ -206,7 +206,9 @@ class Alike(NamedTuple):
     are_matrices: bool
 
     def split(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return a view of each matrix in tensors of the parameters' shapes."""
+        """Return a view of each matrix in tensors of the parameters' shapes; vectors as they are."""
+        if not self.are_matrices:
+            return list(tensors)
         pairs = zip(tensors, self.counts, strict=True)
         return [matrix for tensor, count in pairs for matrix in tensor.chunk(count)]
 
