@@ -141,7 +141,7 @@ class Muon(torch.optim.Optimizer):
     the scale rule included.
 
     `coefficients` names the set of COEFFICIENTS that the Newton–Schulz steps use; newton_schulz says how near
-    to UVᵀ each comes. `turbo` takes one matrix product of a step for the first and is that much cheaper.
+    to UVᵀ each comes. `turbo`'s first step is a rescaling without a product of its own: it is a step cheaper.
 
     Momentum rises linearly from `momentum_start` over the first `momentum_warmup_steps` and falls linearly to
     `momentum_end` over the `momentum_cooldown_steps` that follow step `momentum_cooldown_start`. An optimizer
@@ -257,7 +257,8 @@ class Muon(torch.optim.Optimizer):
             self._step_stack(group, [matrices[i] for i in indices], skip)
         if _momentum_changes(group):
             steps = [self.state[owner]["step"] for owner in owners]
-            torch._foreach_add_(steps, 1.0 if skip is None else (~skip).float())
+            # One tensor many times: of a single one torch may read the value on the host.
+            torch._foreach_add_(steps, 1.0 if skip is None else [(~skip).float()] * len(steps))
 
     def _step_stack(self, group: dict[str, Any], stack: list[_Matrix], skip: Tensor | None) -> None:
         """Update matrices of one shape."""
