@@ -91,12 +91,13 @@ class SOAP(torch.optim.Optimizer):
     parameter does not move then, and Adam's bias correction counts from the second gradient on.
 
     Vectors, scalars and matrices without a basis on either side take AdamW's step, from the first gradient
-    on (the authors' code makes them wait, too). Differs from that code also in two orders: eps is added to
-    the bias-corrected root, as in torch, and the decay comes before the update. A parameter group may hold
+    on (the authors' code makes them wait, too). Differs from that code also in three orders: eps is added to
+    the bias-corrected root, as in torch; the decay comes before the update; and `normalize_grads` comes after
+    the bias correction, so that an update has a root mean square of exactly lr. A parameter group may hold
     `n_stacked`, as in Muon.
 
-    State per parameter: `step` (gradients seen), `exp_avg`, `exp_avg_sq`; of a matrix `statistics_left`, `basis_left`,
-    `statistics_right`, `basis_right`, each of shape (n_stacked, side, side).
+    State per parameter: `step` (gradients seen), `exp_avg`, `exp_avg_sq`; of a matrix `statistics_left`,
+    `basis_left`, `statistics_right`, `basis_right`, each of shape (n_stacked, side, side).
     """
 
     skips_on_host = True
