@@ -529,20 +529,20 @@ def test_schedulefree_prodigy_groups_share_one_estimate():
     assert groups.param_groups[0]["d"] == groups.param_groups[1]["d"] > 1e-3
 
 
-def test_schedulefree_prodigy_decays_each_group_by_its_own_weight_decay():
-    ours, whole = make_parameters(), make_parameters()
+def test_schedulefree_prodigy_groups_have_their_own_weight_decay_and_eps():
+    parameters = make_parameters()
+    start = copies(parameters)
     optimizer = ScheduleFreeProdigy(
-        [{"params": ours[:1], "weight_decay": 0.5}, {"params": ours[1:]}], weight_decay=0.0, d0=0.1
+        [{"params": parameters[:1], "weight_decay": 0.5, "eps": 0.1}, {"params": parameters[1:]}], d0=0.1
     )
-    without = ScheduleFreeProdigy(whole, d0=0.1)
-    # A first step has d = d0 whatever the decay is, so only it can be compared parameter by parameter.
-    set_grads(ours, 0)
-    set_grads(whole, 0)
-    start = copies(ours)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    without.step()
-    assert same_bits(ours[1:], whole[1:])
-    torch.testing.assert_close(ours[0] - whole[0], -0.1 * 0.5 * start[0], rtol=1e-10, atol=1e-12)
+    # Where the gradient is 1, the first step is d·(d/(√v + d·ε) + λ·y) with √v = √(1 − β₂)·d, and x = y = z.
+    first = start[0] - 0.1 * (1 / (0.001**0.5 + 0.1) + 0.5 * start[0])
+    third = start[2] - 0.1 / (0.001**0.5 + 1e-8)
+    torch.testing.assert_close(parameters[0].detach(), first, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(parameters[2].detach(), third, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("option", "value"), [("lr", 0.5), ("betas", (0.9, 0.9)), ("r", 1.0)])
@@ -556,6 +556,21 @@ def test_schedulefree_prodigy_refuses_roles_that_would_need_two_estimates(option
         ScheduleFreeProdigy(groups)
 
 
+def test_a_group_that_comes_later_joins_the_estimate_where_it_is():
+    parameters = make_parameters()
+    optimizer = ScheduleFreeProdigy(parameters[:2])
+    for step in range(20):
+        set_grads(parameters, step)
+        optimizer.step()
+    optimizer.add_param_group({"params": parameters[2:]})
+    first, second = optimizer.param_groups
+    assert second["d"] == first["d"] > 1e-3
+    before = parameters[2].detach().clone()
+    optimizer.step()
+    assert first["d"] == second["d"]
+    assert (parameters[2] - before).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("cls", "options"), BOTH)
 def test_a_group_that_comes_later_joins_in_the_mode_of_the_others(cls, options):
     parameters = make_parameters()
@@ -564,6 +579,7 @@ def test_a_group_that_comes_later_joins_in_the_mode_of_the_others(cls, options):
     optimizer.step()
     optimizer.eval()
     optimizer.add_param_group({"params": parameters[2:]})
+    assert not optimizer.param_groups[1]["train_mode"]
     optimizer.train()
     assert all(group["train_mode"] for group in optimizer.param_groups)
     optimizer.step()
