@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from nanorun.optim.adam import fused_params
+from nanorun.optim.adam import GradientsInOrder, fused_params
 from nanorun.optim.options import REQUIRED, Option
 
 SUMMARY = "Adam with the weight decay apart from the gradient; the baseline that others must beat."
 PAPER = "arXiv:1711.05101"
+SOURCE = "torch.optim.AdamW"
 ROLES = ("embedding", "head", "matrix", "vector")
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
@@ -24,7 +25,7 @@ OPTIONS = {
 }
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(GradientsInOrder, torch.optim.AdamW):
     """torch.optim.AdamW with a keyword-only signature and the fused kernel wherever there is one."""
 
     def __init__(
