@@ -13,7 +13,7 @@ from nanorun.config import AverageConfig, TrainConfig
 from nanorun.errors import UserError, nearest
 from nanorun.optim.build import ELSEWHERE, Algorithm, find_algorithm, optimizer_names
 from nanorun.optim.options import REQUIRED, Option
-from nanorun.tracks import load_track, preset_names, track_names
+from nanorun.tracks import DEFAULT_TRACK, load_track, preset_names, track_names
 
 SHAPES = (((144, 48), 3), ((48, 48), 1), ((192, 48), 1), ((48, 192), 1))
 """Matrices of a block of a GPT and how many each stacks, a quarter of the width of the track sotu: the state that
@@ -158,7 +158,9 @@ def _presets(name: str) -> list[str]:
 
 def show_all(console: Console) -> None:
     """Print one line for each optimizer."""
-    table = Table("optimizer", "state, bytes a parameter", "from", "what", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading, whole in (("optimizer", True), ("bytes", True), ("from", False), ("what", False)):
+        table.add_column(heading, no_wrap=whole, justify="right" if heading == "bytes" else "left")
     for name in all_names():
         page = describe(name)
         state = page["state_bytes_per_parameter"]
@@ -166,7 +168,8 @@ def show_all(console: Console) -> None:
         table.add_row(name, shown, page["source"].partition(";")[0], page["summary"])
     console.print(table)
     console.print(
-        "state: measured on matrices of a GPT's block with default options, weights and gradients not counted\n"
+        "bytes: of state a parameter, measured on matrices of a GPT's block with default options; weights and "
+        "gradients come on top\n"
         "one page each: nanorun optimizers NAME",
         markup=False,
         highlight=False,
@@ -192,10 +195,13 @@ def show_one(name: str, console: Console) -> None:
             f"state    {page['state_bytes_per_parameter']:.1f} bytes a parameter (matrices of a GPT's block, defaults)"
         )
     if page["presets"]:
-        lines.append(f"try      nanorun train --track {page['presets'][-1]} --optim {name}")
+        track = DEFAULT_TRACK if DEFAULT_TRACK in page["presets"] else page["presets"][0]
+        lines.append(f"try      nanorun train --track {track} --optim {name}")
     for line in lines:
         console.print(line, markup=False, highlight=False)
-    table = Table("option", "default", "allowed", "meaning", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("option", "default", "allowed", "meaning"):
+        table.add_column(heading, no_wrap=heading in ("option", "default"))
     for one in page["options"]:
         table.add_row(one["name"], one["default"], one["allowed"], one["meaning"])
     if page["options"]:

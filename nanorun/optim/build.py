@@ -205,7 +205,10 @@ def _checked(key: str, given: Mapping[str, Any]) -> tuple[Algorithm, dict[str, A
     algorithm = find_algorithm(options.pop("name"))
     if key != "default":
         _check_role(algorithm, key)
-    return algorithm, algorithm.options(options)
+    try:
+        return algorithm, algorithm.options(options)
+    except UserError as error:
+        raise UserError(f"[optim.{key}] {error}") from None
 
 
 def _construct(algorithm: Algorithm, params: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -311,17 +314,25 @@ def _import_module(where: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"no file {str(path)!r} to take an optimizer from: wanted path/to/file.py:Class")
-    # The name holds the path's hash, so that two files of one name stay two modules.
-    module_name = (
-        f"nanorun_external_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    )
+    # The name holds a hash of path and content: two files of one name stay two modules, an edited one is new,
+    # and one that is asked for again, as every seed does, is not run again.
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()
+    module_name = f"nanorun_external_{path.stem}_{digest[:12]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Registered first: dataclasses and pickling look their module up.
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(
+            f"{path} could not be run ({type(error).__name__}: {error}): mend it; python {path} shows where"
+        ) from error
     return module
 
 
@@ -356,6 +367,19 @@ class OptimizerSet:
     def parameters(self) -> list[Tensor]:
         """Return every parameter, each once."""
         return [parameter for group in self.groups() for parameter in group["params"]]
+
+    def outside_sources(self) -> dict[str, str]:
+        """Return the text of each file that an outside optimizer's class was read from, by its path."""
+        found = {}
+        for name in self.names:
+            if ":" not in name:
+                continue
+            where = Path(str(find_algorithm(name).module.__file__))
+            if where.suffix == ".py":
+                shown = name.rpartition(":")[0]
+                shown = shown if shown.endswith(".py") else shown.replace(".", "/") + ".py"
+                found[shown] = where.read_text(encoding="utf-8", errors="replace")
+        return found
 
     def set_scale(self, scale: float) -> None:
         """Set every learning rate to its base times `scale`."""

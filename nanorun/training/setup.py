@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import json
 import shutil
 from pathlib import Path
@@ -202,11 +203,23 @@ def _new_folder(config: RunConfig, options: Options) -> Path:
 
 
 def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
-    """Return the record's `code`, its patch left in the folder of a new run."""
+    """Return the record's `code`, its patch left in the folder of a new run.
+
+    The patch holds the files of outside optimizers as new ones, so that a record says what it trained with.
+    """
     code, patch = machine.code_identity()
+    outside = "".join(_as_new_file(*item) for item in run.optimizers.outside_sources().items())
+    if outside:
+        code, patch = {**code, "dirty": True, "patch": PATCH}, (patch or "") + outside
     if run.ranks.leads and patch is not None and not resumed:
         write_whole(run.folder / PATCH, patch, mend=ELSEWHERE)
     return code
+
+
+def _as_new_file(path: str, text: str) -> str:
+    """Return the patch that makes a file of that text."""
+    lines = difflib.unified_diff([], text.splitlines(keepends=True), "/dev/null", f"b/{path}")
+    return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
 
 
 def read_patch(folder: Path) -> str | None:

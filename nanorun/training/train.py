@@ -107,7 +107,7 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
             warmup_steps=plan.warmup_steps,
             cooldown_fraction=plan.cooldown_fraction,
             final_scale=plan.final_scale,
-            **({"cycles": plan.cycles} if plan.schedule == "cyclic" else {}),
+            cycles=plan.cycles,
         )
         result = run.stepper.step(step, scale, stop_vote=run.stop_asked)
         run.done = step + 1
