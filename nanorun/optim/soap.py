@@ -232,8 +232,9 @@ class SOAP(torch.optim.Optimizer):
 
     def _keep(self, members: Alike, key: str, stack_KSS: Tensor) -> None:
         for parameter, part_kSS in zip(members.parameters, stack_KSS.split(members.counts), strict=True):
-            # A copy, so that the state does not hold on to the whole stack.
-            self.state[parameter][key] = part_kSS.clone()
+            # A copy, so that the state does not hold on to the whole stack; contiguous, as safetensors wants it,
+            # where eigh returns columns first.
+            self.state[parameter][key] = part_kSS.clone(memory_format=torch.contiguous_format)
 
 
 def _sides(members: Alike, longest: int) -> list[str]:
