@@ -56,10 +56,11 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{path}: the disk is full; nothing half-written was left. Free some space or choose another "
-            "folder with --data."
+            "folder with --data, or with --out of prepare-data."
         )
     return UserError(
-        f"{path}: cannot be written ({error.strerror or error}); choose another folder with --data."
+        f"{path}: cannot be written ({error.strerror or error}); choose another folder with --data, "
+        "or with --out of prepare-data."
     )
 
 
