@@ -289,14 +289,14 @@ def test_gradient_of_another_dtype_is_taken():
     assert largest_difference(ours, plain) == 0.0
 
 
-def test_bf16_parameters_stay_near_the_formula():
-    options = {"lr": 0.02, "betas": (0.9, 0.98), "weight_decay": 0.0}
+def test_bf16_state_keeps_its_digits():
+    options = {"lr": 0.02, "betas": (0.5, 0.98), "weight_decay": 0.0}
     ours, formula = make_parameters(dtype=torch.bfloat16), PlainFormula(SHAPES, **options)
     optimizer = NAdamW(ours, **options)
-    run_both(ours, optimizer, formula, steps=20)
-    # bf16 keeps 8 bits: 20 roundings of values up to 4.
-    assert largest_difference(ours, formula.values) < 20 * 4 * 2**-8
-    assert largest_difference([optimizer.state[p]["exp_avg"] for p in ours], formula.m) < 0.02
+    run_both(ours, optimizer, formula, steps=30)
+    assert largest_difference(ours, formula.values) < 0.1
+    # Half of it is the rounding of values up to 2; taken back from the look-ahead, m is off by 0.014.
+    assert largest_difference([optimizer.state[p]["exp_avg"] for p in ours], formula.m) < 0.009
 
 
 @pytest.mark.parametrize(
