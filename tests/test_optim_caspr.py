@@ -257,3 +257,15 @@ def test_schedule_reaches_the_update_through_the_group():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="3 stacked"):
         CASPR([{"params": [torch.nn.Parameter(torch.zeros(8, 4))], "n_stacked": 3}], lr=0.02)
+
+
+def test_the_damped_root_is_that_of_the_matrix_with_the_ridge_it_reports():
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    # Rank 4 of 6, and three scales far apart.
+    stack = half @ half.mT * torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)[:, None, None]
+    root, ridge = module.damped_inverse_root(stack, 2, 1e-3)
+    torch.testing.assert_close(ridge, 1e-3 * torch.linalg.eigvalsh(stack).amax(dim=1))
+    inverse = torch.linalg.inv(stack + ridge[:, None, None] * eye(6))
+    torch.testing.assert_close(root @ root, inverse, rtol=1e-8, atol=0.0)
+    assert torch.equal(module.damped_inverse_root(torch.zeros(1, 3, 3), 2, 1e-3)[0][0], torch.eye(3))
