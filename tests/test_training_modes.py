@@ -103,6 +103,16 @@ def test_a_checkpoint_holds_the_weights_to_go_on_with_and_those_the_run_is_judge
     assert all(torch.equal(tensor, saved.evaluation[name]) for name, tensor in model.state_dict().items())
 
 
+def test_bf16_passes_with_master_weights_validate_the_average_too():
+    result = train("lawa_queue", "train.precision=bf16_master", "average.snapshots=6")
+    run = Path(result["run"])
+    plain = train_seeds("tiny", "adamw", [*TINY, "train.precision=bf16_master"], 0, 1, {}, QUIET)[0]
+    saved = checkpoint.load_newest(run / "checkpoints")[0]
+    theirs = checkpoint.load_newest(Path(plain["run"]) / "checkpoints")[0]
+    assert all(torch.equal(tensor, theirs.model[name]) for name, tensor in saved.model.items())
+    assert abs(result["final_val_loss"] - plain["final_val_loss"]) > 0.01
+
+
 def test_a_changed_file_of_evaluation_weights_is_refused_by_name():
     result = train("lawa_ema", "checkpoint.keep=1")
     path = next((Path(result["run"]) / "checkpoints").glob("*/evaluation.safetensors"))

@@ -131,6 +131,18 @@ class Stepper:
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
 
+    def to_evaluation(self) -> None:
+        """Put the weights that the run is judged by in place of those it trains."""
+        self.optimizers.to_evaluation()
+        if self.optimizers.evaluates_other_weights:
+            self.refresh_working_copy()
+
+    def to_training(self) -> None:
+        """Put the weights back that the run trains."""
+        self.optimizers.to_training()
+        if self.optimizers.evaluates_other_weights:
+            self.refresh_working_copy()
+
     def warm_up(self) -> None:
         """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
 

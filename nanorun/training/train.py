@@ -122,10 +122,10 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
             progress.train(run.done, float(result.loss), seconds)
         if _validates(run):
             # The swap counts, as in AlgoPerf: whoever needs other weights to be judged by pays for them.
-            run.optimizers.to_evaluation()
+            run.stepper.to_evaluation()
             with run.clock.paused("validation"):
                 _validate(run, progress, rows)
-            run.optimizers.to_training()
+            run.stepper.to_training()
         asked_to_stop = _is_voted_to_stop(run, result.stop_votes)
         if asked_to_stop or (
             checks.every_steps and run.done % checks.every_steps == 0 and run.done < plan.steps
