@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,12 +95,21 @@ def _describe_option(name: str, option: Option) -> dict[str, Any]:
 
 
 def _describe_wrapper(name: str) -> dict[str, Any]:
-    page, defaults = WRAPPERS[name], {"train": TrainConfig(), "average": AverageConfig()}
+    page, tables = WRAPPERS[name], {"train": TrainConfig(), "average": AverageConfig()}
     options = []
     for key, meaning in page["keys"].items():
         table, _, field = key.partition(".")
-        default = getattr(defaults[table], field)
-        options.append({"name": key, "default": _shown(default), "allowed": "", "meaning": meaning})
+        default = getattr(tables[table], field)
+        # The config's own bounds, in the words of the optimizers' options.
+        bounds = {
+            bound: getattr(rule, bound)
+            for rule in type(tables[table]).model_fields[field].metadata
+            for bound in ("ge", "le", "lt")
+            if hasattr(rule, bound)
+        }
+        high = bounds.get("lt", bounds.get("le", math.inf))
+        option = Option(default, meaning, bounds.get("ge", -math.inf), high, below_high="lt" in bounds)
+        options.append(_describe_option(key, option))
     return {
         "name": name,
         "summary": page["summary"],

@@ -24,7 +24,7 @@ EVERY_OPTIMIZER = pytest.mark.parametrize("name", NAMES)
 LR = 0.01
 
 MOVES_AT_LR_ZERO = {
-    "schedulefree_adamw": "x and z stand still, but y, which is what the parameters hold, goes on between them",
+    "schedulefree_adamw": "z stands still, but the average x and y, which the parameters hold, go on towards it",
 }
 """Exempt from standing still at lr 0 after a few steps, and why."""
 

@@ -116,7 +116,12 @@ def test_the_command_shows_one_line_for_each_and_a_page_for_one():
     assert "kellerjordan" in page
     assert "weight of the past in the average gradient" in page
     document = json.loads(runner.invoke(app, ["optimizers", "lawa_ema", "--json"]).stdout)
-    assert document["options"][0]["name"] == "average.beta"
+    assert document["options"][0] == {
+        "name": "average.beta",
+        "default": "0.9",
+        "allowed": "a number of at least 0 and below 1",
+        "meaning": "weight of the past, per snapshot",
+    }
 
 
 def test_an_unknown_page_names_the_nearest():
