@@ -180,6 +180,17 @@ class RunConfig(_Strict):
                 f"validation.stride = {self.validation.stride} is above "
                 f"model.context_len = {self.model.context_len}"
             )
+        if self.train.cycles > 1 and self.train.schedule != "cyclic":
+            raise ValueError(
+                f"train.cycles = {self.train.cycles} means nothing under train.schedule = {self.train.schedule!r}: "
+                "wanted 'cyclic', or no cycles"
+            )
+        first = max(self.average.every_steps, self.average.from_step)
+        if self.average.kind != "none" and first > self.train.steps:
+            raise ValueError(
+                f"average.{'every_steps' if first == self.average.every_steps else 'from_step'} = {first} takes no "
+                f"snapshot in train.steps = {self.train.steps}: make it smaller, or set average.kind to 'none'"
+            )
         unknown = set(self.optim) - {*ROLES, "default"}
         if unknown:
             role = sorted(unknown)[0]
@@ -265,6 +276,19 @@ def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any)
     return resolve_values(track, preset, read_toml(path), settings, where=str(path), **top)
 
 
+def _without_others_options(optim: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's optimizers without the options of those that the settings replace by name."""
+    changed = settings.get("optim", {})
+    return {
+        role: {}
+        if isinstance(changed, Mapping)
+        and isinstance(changed.get(role), Mapping)
+        and changed[role].get("name", table.get("name")) != table.get("name")
+        else table
+        for role, table in optim.items()
+    }
+
+
 def resolve_values(
     track: Track, name: str, preset: Mapping[str, Any], settings: Sequence[str], *, where: str, **top: Any
 ) -> RunConfig:
@@ -273,7 +297,9 @@ def resolve_values(
     for key, _ in changes:
         if key.split(".")[0] in ("track", "name"):
             raise UserError(f"--set {key}: use --track or --optim")
-    values = merged(track.fixed, preset, nested(changes), {"track": track.name, "name": name, **top})
+    settings_tables = nested(changes)
+    base = {**preset, "optim": _without_others_options(preset.get("optim", {}), settings_tables)}
+    values = merged(track.fixed, base, settings_tables, {"track": track.name, "name": name, **top})
     where += f" with --set {' '.join(settings)}" if settings else ""
     config = make_config(values, where=where)
     track.check(config.model_dump())

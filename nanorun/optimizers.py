@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -74,7 +75,9 @@ def describe(name: str) -> dict[str, Any]:
         "source": getattr(algorithm.module, "SOURCE", "outside" if algorithm.outside else "nanorun"),
         "roles": list(algorithm.roles),
         "held": dict(algorithm.held),
-        "options": [_describe_option(key, one) for key, one in (algorithm.table or {}).items()],
+        "options": _signature(algorithm)
+        if algorithm.table is None
+        else [_describe_option(key, one) for key, one in algorithm.table.items()],
         "state_bytes_per_parameter": None if algorithm.outside else state_bytes(algorithm),
         "presets": _presets(name),
     }
@@ -92,6 +95,21 @@ def _describe_option(name: str, option: Option) -> dict[str, Any]:
         "allowed": option.allowed,
         "meaning": option.meaning,
     }
+
+
+def _signature(algorithm: Algorithm) -> list[dict[str, str]]:
+    """Return what the constructor of an outside class without a table of options takes."""
+    takes = list(inspect.signature(algorithm.cls).parameters.values())[1:]
+    return [
+        {
+            "name": one.name,
+            "default": "required" if one.default is one.empty else _shown(one.default),
+            "allowed": "",
+            "meaning": "",
+        }
+        for one in takes
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    ]
 
 
 def _describe_wrapper(name: str) -> dict[str, Any]:
@@ -211,7 +229,7 @@ def show_one(name: str, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     for heading in ("option", "default", "allowed", "meaning"):
-        table.add_column(heading, no_wrap=heading in ("option", "default"))
+        table.add_column(heading, no_wrap=heading in ("option", "default"), overflow="fold")
     for one in page["options"]:
         table.add_row(one["name"], one["default"], one["allowed"], one["meaning"])
     if page["options"]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import itertools
 import json
 import math
 import statistics
@@ -37,7 +38,8 @@ from torch import Tensor
 
 from nanorun.config import ModelConfig, resolve
 from nanorun.model import GPT
-from nanorun.optim.build import OptimizerSet, build_optimizers, find_algorithm, optimizer_names
+from nanorun.optim.averaging import make_average
+from nanorun.optim.build import ELSEWHERE, OptimizerSet, build_optimizers, find_algorithm, optimizer_names
 from nanorun.optim.options import REQUIRED
 from nanorun.tracks import load_track, preset_names
 from nanorun.training.machine import hardware, software
@@ -100,7 +102,7 @@ def optim_tables(name: str) -> tuple[dict[str, dict[str, Any]], str]:
     track = load_track(TRACK)
     if name in preset_names(track):
         tables = resolve(track, name).optim_by_role
-        if name in {table["name"] for table in tables.values()}:
+        if name in ELSEWHERE or name in {table["name"] for table in tables.values()}:
             return tables, f"configs/{TRACK}/{name}.toml"
     algorithm = find_algorithm(name)
     options = {"lr": 1e-3} if algorithm.table["lr"].default is REQUIRED else {}
@@ -122,13 +124,18 @@ def set_gradients(model: GPT) -> None:
 
 
 def ours(name: str, model: GPT, tables: dict[str, dict[str, Any]]) -> tuple[Contender, OptimizerSet]:
-    optimizers = build_optimizers(model, tables)
-    own = [o for o, called in zip(optimizers.optimizers, optimizers.names) if called == name]
+    average = (
+        make_average(**resolve(load_track(TRACK), name).average.model_dump()) if name in ELSEWHERE else None
+    )
+    optimizers = build_optimizers(model, tables, average)
+    own = [
+        o for o, called in zip(optimizers.optimizers, optimizers.names) if called == name or name in ELSEWHERE
+    ]
     rest = [o for o in optimizers.optimizers if o not in own]
-    for optimizer in own:
-        if hasattr(optimizer, "train"):
-            optimizer.train()
     steps = [[optimizer.step for optimizer in part] for part in (own, rest)]
+    if average is not None:
+        counter = itertools.count(1)
+        steps[0].append(lambda: optimizers.after_step(next(counter)))
     return Contender(name, *steps, optimizers.state_bytes), optimizers
 
 
@@ -143,7 +150,7 @@ def reference(name: str, model: GPT, optimizers: OptimizerSet) -> Contender:
     for optimizer, called in zip(optimizers.optimizers, optimizers.names):
         for group in optimizer.param_groups:
             twin = {**group, "params": [twins[parameter] for parameter in group["params"]]}
-            (own if called == name else rest).append(twin)
+            (own if called == name or name in ELSEWHERE else rest).append(twin)
     others = [outside("torch.optim.AdamW", rest)] if rest else []
     if name in ("muon", "normuon"):
         return plain_muon(own, others)
@@ -210,8 +217,14 @@ def state_bytes(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def root_period(optimizers: OptimizerSet) -> int:
-    """Return the steps from one computation of roots or bases to the next; 1 where there are none."""
-    return math.lcm(*(group.get("precondition_frequency", 1) for group in optimizers.groups()))
+    """Return the steps from one computation of roots or snapshot to the next; 1 where there are none."""
+    snapshots = optimizers.average.every_steps if optimizers.average else 1
+    return math.lcm(snapshots, *(group.get("precondition_frequency", 1) for group in optimizers.groups()))
+
+
+def names() -> list[str]:
+    """Return what is measured unless told otherwise: every optimizer, and the schedules and averages with a preset."""
+    return sorted([*optimizer_names(), *(ELSEWHERE.keys() & set(preset_names(load_track(TRACK))))])
 
 
 def measure(name: str, size: str, seconds: float, least_rounds: int) -> dict[str, Any]:
@@ -304,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["1M"])
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=optimizer_names())
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=names())
     parser.add_argument("--seconds", type=float, default=10.0, help="for each optimizer with its reference")
     parser.add_argument("--rounds", type=int, default=3, help="at least so many, however long they take")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanorun.config import resolve
+from nanorun.config import make_config, resolve
 from nanorun.errors import UserError
 from nanorun.records.record import Record, read_records
 from nanorun.records.report import MACHINE_ONLY, MACHINE_ONLY_TABLES, Row, TrackView, build_table
@@ -32,14 +32,24 @@ def of_today(record: Record, track: Track) -> bool:
     """Whether a record was made by the preset of its name as it stands now, seeds and the machine's choices aside."""
     if record.name not in preset_names(track):
         return False
-    now = flattened(json.loads(json.dumps(resolve(track, record.name).model_dump())))
-    then = flattened(record.config)
-    # A record made before a key was added has the key's default.
+    now = resolve(track, record.name).model_dump()
+    try:
+        # A record made before a key was added has the key's default.
+        then = make_config(record.config, where=record.id).model_dump()
+    except UserError:
+        return False
+    then_flat, now_flat = (
+        {key: _plain(value) for key, value in flattened(one).items()} for one in (then, now)
+    )
     return all(
-        then.get(key, now.get(key)) == now.get(key)
-        for key in {*then, *now}
+        then_flat.get(key) == now_flat.get(key)
+        for key in {*then_flat, *now_flat}
         if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
     )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def cells(row: Row, record: Record, bench: dict[str, Any], best: float | None) -> list[str]:
@@ -60,12 +70,18 @@ def cells(row: Row, record: Record, bench: dict[str, Any], best: float | None) -
         f"{row.seconds_mean:.1f}{spread}",
         crossing,
         f"{row.loss_mean:.4f}{loss_spread}",
-        "" if row.p_value is None else f"{row.p_value:.4f}" if row.p_value < 0.1 else f"{row.p_value:.2f}",
+        shown_p(row.p_value),
         "yes" if row.counts else "no",
         "" if measured is None else f"{measured['step_ms']:.1f}",
         f"{record.optimizer_state_bytes / record.n_parameters:.1f}",
         "" if best is None else f"{best:.4f}",
     ]
+
+
+def shown_p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def best_of_search(folder: Path, preset: str) -> float | None:
@@ -74,7 +90,7 @@ def best_of_search(folder: Path, preset: str) -> float | None:
     if not path.exists():
         return None
     losses = [trial["final_val_loss"] for trial in json.loads(path.read_text())["trials"]]
-    return min(loss for loss in losses if loss is not None)
+    return min((loss for loss in losses if loss is not None), default=None)
 
 
 def main() -> None:
@@ -86,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--bench", type=Path, help="what scripts/bench_optim.py --json wrote for this track's size"
     )
+    parser.add_argument("--size", default="1M", help="which of the sizes in --bench is the track's model")
     parser.add_argument("--hardware", help="only machines whose name contains this")
     arguments = parser.parse_args()
     track = load_track(arguments.track)
@@ -94,7 +111,8 @@ def main() -> None:
         raise SystemExit(f"no record of a preset as it stands now under {arguments.records / track.name}")
     bench: dict[str, Any] = {}
     if arguments.bench:
-        bench = {row["name"]: row for part in json.loads(arguments.bench.read_text()) for row in part["rows"]}
+        parts = json.loads(arguments.bench.read_text())
+        bench = {row["name"]: row for part in parts if part["size"] == arguments.size for row in part["rows"]}
     try:
         table = build_table(TrackView.of(track), records, hardware=arguments.hardware)
     except UserError as error:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -149,16 +150,17 @@ def search(arguments: argparse.Namespace) -> None:
         "held": arguments.settings,
         "seed": arguments.seed,
         "around": around,
+        "preset": preset,
         "space": space,
         "trials": [],
     }
     if arguments.out.exists():
         found = json.loads(arguments.out.read_text())
-        for key in ("held", "seed", "around", "space"):
-            if found[key] != document[key]:
+        for key in ("track", "optim", "held", "seed", "around", "preset", "space"):
+            if found.get(key) != document[key]:
                 raise UserError(
-                    f"{arguments.out} holds trials of another search ({key} differs): move it away, or go on "
-                    "with the options and the space it began with"
+                    f"{arguments.out} holds trials of another search (its {key} differs): move it away, or go on "
+                    "with the options, the preset and the space it began with"
                 )
         document = found
     for number, point in enumerate(points(space, arguments.trials, around, arguments.shrink)):
@@ -172,6 +174,8 @@ def search(arguments: argparse.Namespace) -> None:
         beside.replace(arguments.out)
         print(json.dumps(trial), flush=True)
     best = best_trial(document)
+    if best["final_val_loss"] is None:
+        raise UserError("every trial failed: lower the learning rates of the space")
     print(
         f"best of {len(document['trials'])}: trial {best['trial']}, {best['final_val_loss']}: {best['point']}"
     )
@@ -195,11 +199,9 @@ def write_preset(
     """Write the best trial as the track's preset, under a comment with the command that found it."""
     changes = [parse_setting(text) for text in as_settings(best["point"], preset)]
     values = merged(preset, nested(changes), {"train": {"steps": arguments.write}})
-    held = " ".join(f"--set {setting}" for setting in arguments.settings)
     comment = (
         f"# Trial {best['trial']} of {arguments.trials}, the best, at {best['final_val_loss']:.4f}, found by\n"
-        f"# python scripts/tune.py --track {arguments.track} --optim {arguments.optim} --trials {arguments.trials} "
-        f"{held} --threads 1 --out {arguments.out.as_posix()}\n"
+        f"# python scripts/tune.py {shlex.join(sys.argv[1:])}\n"
     )
     path = track.folder / f"{arguments.optim}.toml"
     path.write_text(comment + to_toml(values))

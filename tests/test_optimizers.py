@@ -11,11 +11,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nanorun.cli import app
+from nanorun.config import resolve
 from nanorun.errors import UserError
 from nanorun.optim import create
-from nanorun.optim.build import ELSEWHERE, algorithms, find_algorithm, optimizer_names
+from nanorun.optim.build import ELSEWHERE, algorithms, build_optimizers, find_algorithm, optimizer_names
 from nanorun.optimizers import all_names, describe, state_bytes
 from nanorun.records.record import read_records
+from nanorun.records.report import TrackView, build_table
+from nanorun.tracks import load_track
 from nanorun.training.run import train_seeds
 
 TEMPLATE = Path(__file__).parent.parent / "docs" / "my_optimizer.py"
@@ -241,3 +244,134 @@ def test_a_module_laid_out_wrongly_is_refused_with_the_mend(tmp_path, line, mess
 
 def test_names_that_create_takes_are_all_names_but_schedules_and_averages():
     assert sorted([*optimizer_names(), *ELSEWHERE]) == all_names()
+
+
+def test_a_schedule_free_optimizer_from_outside_trains(tmp_path):
+    settings = ["optim.default.lr=0.01", "optim.default.foreach=false"]
+    train_outside(tmp_path, "schedulefree:AdamWScheduleFree", *settings)
+    record = read_records(tmp_path / "records")[0][0]
+    ours = train_outside(tmp_path / "ours", "nanorun.optim.schedulefree_adamw:ScheduleFreeAdamW", settings[0])
+    assert record.final_weights_sha256 == ours["final_weights_sha256"]
+
+
+def test_two_versions_of_a_file_are_two_rows_of_the_report(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MATRICES_ONLY)
+    train_outside(tmp_path, f"{path}:Plain", "optim.matrix.lr=0.1")
+    path.write_text(MATRICES_ONLY.replace("lr=lr)", "lr=2 * lr)"))
+    train_outside(tmp_path, f"{path}:Plain", "optim.matrix.lr=0.1")
+    records = read_records(tmp_path / "records")[0]
+    assert len({record.code.outside for record in records}) == 2
+    assert all(record.code.outside.startswith("mine.py ") for record in records)
+    view = TrackView.of(load_track("shakespeare-sprint"))
+    assert [row.n for row in build_table(view, records).rows] == [1, 1]
+
+
+def test_the_patch_makes_the_outside_file_again(tmp_path):
+    import subprocess
+
+    train_outside(tmp_path, f"{TEMPLATE}:SignMomentum", "optim.default.lr=0.001")
+    patch = next((tmp_path / "records").glob("*/*/source.patch")).read_text()
+    ours = patch[patch.index("diff --git a/outside/my_optimizer.py") :]
+    (tmp_path / "tree").mkdir()
+    done = subprocess.run(["git", "apply", "-"], input=ours, text=True, cwd=tmp_path / "tree", check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "tree" / "outside" / "my_optimizer.py").read_text() == TEMPLATE.read_text()
+
+
+def test_a_constructor_decides_what_becomes_of_its_options(tmp_path):
+    (tmp_path / "mine.py").write_text(MATRICES_ONLY.replace("lr=lr)", "lr=2 * lr)"))
+    model = torch.nn.Linear(3, 3, bias=False)
+    model.roles = lambda: {"weight": ("matrix", 1)}
+    built = build_optimizers(model, {"matrix": {"name": f"{tmp_path}/mine.py:Plain", "lr": 0.1}})
+    built.set_scale(0.5)
+    assert built.groups()[0]["lr"] == pytest.approx(0.1)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(
+        UserError, match=r"torch\.optim:LBFGS failed in its first step \(TypeError: .*closure"
+    ):
+        train_outside(tmp_path, "torch.optim:LBFGS", "optim.default.lr=0.1")
+
+
+def test_a_module_that_fails_on_import_is_named_with_its_error(tmp_path, monkeypatch):
+    (tmp_path / "failing_module.py").write_text("raise RuntimeError('no such luck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"could not be imported \(RuntimeError: no such luck\)"):
+        find_algorithm("failing_module:Mine")
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_it_lies.py").write_text("import torch\nBase = torch.optim.SGD\n")
+    (tmp_path / "mine.py").write_text("from beside_it_lies import Base\nclass Mine(Base):\n    pass\n")
+    assert find_algorithm(f"{tmp_path}/mine.py:Mine").cls.__mro__[1].__name__ == "SGD"
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_tracks_lack_of_a_preset_is_said_with_the_mend(tmp_path, monkeypatch):
+    theirs = load_track("shakespeare-sprint").folder.resolve() / "track.toml"
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "bare"
+    folder.mkdir(parents=True)
+    (folder / "track.toml").write_text(theirs.read_text())
+    console = Console(quiet=True)
+    with pytest.raises(UserError, match=r"track 'bare' has no preset to take model and schedule from: add "):
+        train_seeds("bare", f"{TEMPLATE}:SignMomentum", [], 0, 1, {}, console)
+    (folder / "adamw.toml").write_text('[optim.matrix]\nname = "adamw"\nlr = 0.1\n')
+    (tmp_path / "mine.py").write_text(MATRICES_ONLY)
+    with pytest.raises(UserError, match=r"takes matrix alone, and .* has no \[optim\.default\] for the rest"):
+        train_seeds("bare", "mine.py:Plain", [], 0, 1, {}, console)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"lr": -1.0}, r"lr = -1\.0 is not allowed"),
+        ({"bogus": 3}, "no option 'bogus'"),
+        ({"betas": (0.9, 1.0)}, r"betas = .* is not allowed"),
+    ],
+)
+def test_the_options_of_a_single_group_are_checked_as_well(group, message):
+    with pytest.raises(UserError, match=message):
+        create("adamw", [{"params": [torch.nn.Parameter(torch.zeros(2))], **group}], lr=0.1)
+
+
+def test_an_option_may_come_with_the_groups_alone():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr} for lr in (0.1, 0.2)]
+    assert [group["lr"] for group in create("adamw", groups).param_groups] == [0.1, 0.2]
+
+
+def test_another_name_drops_the_options_of_the_optimizer_before():
+    name = f"{TEMPLATE}:SignMomentum"
+    changes = [f"optim.matrix.name={name}", "optim.matrix.lr=0.001"]
+    config = resolve(load_track("shakespeare-sprint"), "adamw", changes)
+    assert config.optim["matrix"] == {"name": name, "lr": 0.001}
+    kept = resolve(load_track("shakespeare-sprint"), "adamw", ["optim.matrix.lr=0.5"]).optim["matrix"]
+    assert kept["lr"] == 0.5
+    assert set(kept) > {"name", "lr"}
+
+
+def test_a_page_of_an_outside_class_lists_what_its_constructor_takes():
+    options = {option["name"]: option["default"] for option in describe("torch.optim:Adamax")["options"]}
+    assert options["betas"] == "[0.9, 0.999]"
+    assert options["lr"] == "0.002"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.cycles=2"], "train.cycles = 2 means nothing under train.schedule = 'wsd'"),
+        (
+            ["average.kind=ema", "average.every_steps=5"],
+            "every_steps = 5 takes no snapshot in train.steps = 3",
+        ),
+        (
+            ["average.kind=queue", "average.every_steps=1", "average.from_step=9"],
+            "from_step = 9 takes no snapshot",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        resolve(load_track("shakespeare-sprint"), "adamw", ["train.steps=3", *settings])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -14,9 +15,11 @@ import pytest
 from records_samples import TARGET, a_dict, a_record
 from rich.console import Console
 
+from nanorun.config import RunConfig
 from nanorun.errors import UserError
 from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
+    LATER_KEYS,
     Row,
     Table,
     TrackView,
@@ -30,6 +33,7 @@ from nanorun.records.report import (
     to_markdown,
 )
 from nanorun.records.significance import Rule
+from nanorun.tables import flattened, merged
 
 SOTU = TrackView("sotu", TARGET, "seconds", Rule("t", n=3, alpha=0.05))
 GPU = {**a_dict()["hardware"], "device": "cuda", "device_name": "NVIDIA H100"}
@@ -422,3 +426,18 @@ def test_a_thousand_records_make_one_table(tmp_path: Path):
     table = build_table(SOTU, records, skipped=skipped)
     assert (len(records), skipped) == (1000, [])
     assert [row.n for row in table.rows] == [50] * 20
+
+
+def test_a_record_of_before_a_key_was_added_stands_in_one_row_with_todays():
+    old, new = a_record(seed=0), a_record(seed=1)
+    later = {"train": {"cycles": 1}, "average": {"kind": "none", "every_steps": 10}}
+    today = dataclasses.replace(new, config=merged(new.config, later))
+    other = dataclasses.replace(new, config=merged(new.config, later, {"average": {"kind": "ema"}}))
+    assert [row.n for row in build_table(SOTU, [old, today]).rows] == [2]
+    assert [row.n for row in build_table(SOTU, [old, other]).rows] == [1, 1]
+
+
+def test_the_defaults_of_later_keys_are_the_configs_own():
+    values = {"track": "t", "name": "n", "data": {"corpus": "sotu", "tokenizer": "byte"}, "optim": {}}
+    there = flattened(RunConfig.model_validate(values).model_dump())
+    assert {key: there[key] for key in LATER_KEYS} == LATER_KEYS

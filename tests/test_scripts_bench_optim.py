@@ -36,7 +36,8 @@ def test_every_optimizer_is_measured_and_the_file_holds_what_the_table_shows(ben
     bench.main(["--seconds", "0", "--rounds", "1", "--threads", str(threads), "--json", str(out)])
     (document,) = json.loads(out.read_text())
     rows = {row["name"]: row for row in document["rows"]}
-    assert sorted(rows) == optimizer_names()
+    assert sorted(rows) == bench.names()
+    assert set(optimizer_names()) <= set(rows)
     printed = capsys.readouterr().out
     for name, row in rows.items():
         assert row["step_ms"] >= row["own_ms"] > 0

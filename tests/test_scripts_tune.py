@@ -123,10 +123,17 @@ def test_a_search_goes_on_where_it_was_stopped(tune, monkeypatch):
     assert [trial["point"] for trial in document["trials"]] == calls
 
 
-@pytest.mark.parametrize("words", [("--set", "train.steps=9"), ("--seed", "7")])
+@pytest.mark.parametrize(
+    "words", [("--set", "train.steps=9"), ("--seed", "7"), ("--optim", "adam"), ("held", "lr")]
+)
 def test_trials_of_another_search_are_not_mixed_in(tune, monkeypatch, words):
     counting(tune, monkeypatch)
     run(tune, monkeypatch, trials=2)
+    search = Path("configs/tiny/search/adamw.toml")
+    search.with_name("adam.toml").write_text(search.read_text())
+    if words[0] == "held":
+        search.write_text(search.read_text().replace("lr = 0.01", "lr = 0.02"))
+        words = ()
     with pytest.raises(SystemExit, match="holds trials of another search"):
         run(tune, monkeypatch, *words, trials=4)
     assert len(json.loads(Path("trials.json").read_text())["trials"]) == 2
@@ -138,7 +145,8 @@ def test_the_best_trial_becomes_the_preset_under_its_command(tune, monkeypatch):
     best = min(document["trials"], key=lambda trial: trial["final_val_loss"])
     text = Path("configs/tiny/adamw.toml").read_text()
     assert f"# Trial {best['trial']} of 8" in text
-    assert "# python scripts/tune.py --track tiny --optim adamw --trials 8 --set train.steps=3 " in text
+    command = "--track tiny --optim adamw --trials 8 --out trials.json --set train.steps=3 --write 50"
+    assert f"# python scripts/tune.py {command}\n" in text
     config = resolve(load_track("tiny"), "adamw")
     assert config.train.steps == 50
     assert config.train.grad_clip == 1.0
@@ -162,3 +170,9 @@ def test_a_trial_that_fails_is_kept_and_never_the_best(tune, monkeypatch):
     document = run(tune, monkeypatch)
     assert len(document["trials"]) == 4
     assert tune.best_trial(document)["final_val_loss"] == 1.0
+
+
+def test_a_search_without_a_single_loss_says_so(tune, monkeypatch):
+    monkeypatch.setattr(tune, "run_trial", lambda *words: {"final_val_loss": None})
+    with pytest.raises(SystemExit, match="every trial failed: lower the learning rates"):
+        run(tune, monkeypatch, "--write", "10")

@@ -29,9 +29,10 @@ main()
 """
 
 
-def trained(folder, *launcher, program=("-m", "nanorun"), settings=()):
+def trained(folder, *launcher, program=("-m", "nanorun"), settings=(), optim="muon"):
     folder.mkdir(exist_ok=True)
     words = [sys.executable, *launcher, *program, "train", "--track", "shakespeare-sprint", "--json"]
+    words += ["--optim", optim]
     words += [word for setting in [*TINY, *settings] for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # gloo has been seen to abort a rank (SIGABRT) once in several runs; what is claimed here is of whole runs.
@@ -52,6 +53,20 @@ def test_two_ranks_match_one(tmp_path):
     assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
     assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-4)
     assert two["initial_weights_sha256"] == one["initial_weights_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optim", "average"),
+    [("schedulefree:AdamWScheduleFree", []), ("torch.optim:AdamW", ["average.kind=queue"])],
+)
+def test_two_ranks_are_judged_by_the_weights_that_one_is(tmp_path, optim, average):
+    settings = ["optim.default.lr=0.01", "checkpoint.every_steps=1", "validation.every_steps=1"]
+    settings += ["validation.from_step=1", *average, *(["average.every_steps=2"] if average else [])]
+    one, losses_of_one = trained(tmp_path / "one", settings=settings, optim=optim)
+    two, losses_of_two = trained(tmp_path / "two", *TWO_RANKS, settings=settings, optim=optim)
+    assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
+    assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 LAWA: Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight
 Averaging", arXiv:2209.14981. The run trains on with the raw weights; the average is a reading of them.
+Around a schedule-free optimizer it averages y, where the gradients are taken, in place of that one's own x.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class EmaAverage(WeightAverage):
     """The exponential average of the snapshots: after n of them a · Σ βⁿ⁻ⁱ wᵢ with a = (1 − β) / (1 − βⁿ).
 
     The first factor makes the weights add up to 1, as Adam's bias correction does, so the first snapshots count
-    no more than later ones. AlgoPerf's `lawa_ema` submission meant a β near 1 and rounded it to 0, so it
-    evaluated the newest snapshot; this one takes β as it is given. It holds 4 bytes a parameter in fp32.
+    no more than later ones. AlgoPerf's `lawa_ema` submission meant β = 0.2 and rounded it to the whole number 0,
+    so it evaluated the newest snapshot; this one takes β as it is given. It holds 4 bytes a parameter in fp32.
     """
 
     kind = "ema"

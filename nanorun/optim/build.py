@@ -120,7 +120,22 @@ def create(name: str, params: Iterable[Any], **options: Any) -> torch.optim.Opti
     or out of range.
     """
     algorithm = find_algorithm(name)
-    return _construct(algorithm, list(params), algorithm.options(options))
+    entries = list(params)
+    if algorithm.table is not None:
+        for entry in entries:
+            if isinstance(entry, dict):
+                own = {key: value for key, value in entry.items() if key not in _GROUP_KEYS}
+                algorithm.options({**options, **own})
+    return _construct(algorithm, entries, algorithm.options(_first_given(algorithm, entries, options)))
+
+
+def _first_given(algorithm: Algorithm, entries: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, with those that all groups bring along and nobody else does from the first of them."""
+    groups = [entry for entry in entries if isinstance(entry, dict)]
+    if algorithm.table is None or not groups or len(groups) < len(entries):
+        return options
+    brought = {key: groups[0][key] for key in algorithm.table if all(key in group for group in groups)}
+    return {**brought, **options}
 
 
 def build_optimizers(
@@ -148,7 +163,7 @@ def build_optimizers(
         group = {
             **options,
             "params": [parameter for _, parameter, _ in members],
-            "base_lr": options.get("lr"),
+            "base_lr": None if algorithm.outside else options.get("lr"),
             "role": role,
             "n_stacked": [n_stacked for _, _, n_stacked in members],
         }
@@ -158,6 +173,9 @@ def build_optimizers(
     _prove_assigned_once(model, optimizers)
     return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()], average)
 
+
+_GROUP_KEYS = ("params", "base_lr", "role", "n_stacked")
+"""What a group holds beside options."""
 
 Members = list[tuple[str, Tensor, int]]
 
@@ -223,7 +241,10 @@ def _construct(algorithm: Algorithm, params: list[Any], options: dict[str, Any])
 def _construct_groups(part: list[tuple[Algorithm, dict[str, Any]]]) -> torch.optim.Optimizer:
     algorithm, first = part[0]
     groups = [group for _, group in part]
-    options = {key: first[key] for key in first if key not in ("params", "base_lr", "role", "n_stacked")}
+    options = {key: first[key] for key in first if key not in _GROUP_KEYS}
+    if algorithm.outside:
+        # The constructor alone decides what becomes of an option; ours have theirs in each group.
+        groups = [{key: group[key] for key in _GROUP_KEYS} for group in groups]
     optimizer = _construct(algorithm, groups, options)
     for group in optimizer.param_groups:
         if group["base_lr"] is None:
@@ -309,6 +330,11 @@ def _import_module(where: str) -> ModuleType:
         raise UserError(
             f"cannot import {where!r} ({error}): install it, or give the path of a .py file"
         ) from error
+    except Exception as error:
+        raise UserError(
+            f"{where!r} could not be imported ({type(error).__name__}: {error}): mend it; "
+            f"python -c 'import {where}' shows where"
+        ) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -326,6 +352,8 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Registered first: dataclasses and pickling look their module up.
     sys.modules[module_name] = module
+    # As when python runs the file: it may import what lies beside it.
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -333,6 +361,8 @@ def _import_file(path: Path) -> ModuleType:
         raise UserError(
             f"{path} could not be run ({type(error).__name__}: {error}): mend it; python {path} shows where"
         ) from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
     return module
 
 
@@ -359,6 +389,9 @@ class OptimizerSet:
         self.optimizers, self.names, self.average = optimizers, names, average
         self._with_modes = [one for one in optimizers if hasattr(one, "eval") and hasattr(one, "train")]
         self._training_weights: list[Tensor] | None = None
+        for optimizer in self._with_modes:
+            # The package schedulefree refuses to step before it is told to train.
+            optimizer.train()
 
     def groups(self) -> list[dict[str, Any]]:
         """Return every parameter group, in order."""
@@ -369,16 +402,12 @@ class OptimizerSet:
         return [parameter for group in self.groups() for parameter in group["params"]]
 
     def outside_sources(self) -> dict[str, str]:
-        """Return the text of each file that an outside optimizer's class was read from, by its path."""
+        """Return the text of each file that an outside optimizer's class was read from, by the file's name."""
         found = {}
-        for name in self.names:
-            if ":" not in name:
-                continue
-            where = Path(str(find_algorithm(name).module.__file__))
-            if where.suffix == ".py":
-                shown = name.rpartition(":")[0]
-                shown = shown if shown.endswith(".py") else shown.replace(".", "/") + ".py"
-                found[shown] = where.read_text(encoding="utf-8", errors="replace")
+        for name in dict.fromkeys(self.names):
+            where = inspect.getsourcefile(find_algorithm(name).cls) if ":" in name else None
+            if where is not None:
+                found[Path(where).name] = Path(where).read_text(encoding="utf-8", errors="replace")
         return found
 
     def set_scale(self, scale: float) -> None:

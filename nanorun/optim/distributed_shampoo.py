@@ -266,8 +266,8 @@ class DistributedShampoo(torch.optim.Optimizer):
     off at 0 where it lifts all of them by the lowest, and in fp32 those below 2e-7 of the largest are raised to
     that; small dimensions are not merged (it takes a matrix of at most 1,024 numbers for one vector); each
     parameter counts its own steps; `start_preconditioning_step` may be less than `precondition_frequency`. The
-    submission has `precondition_frequency` 100, `use_nadam` and `grafting_beta2` = betas[1], and leaves
-    `inv_root_override` 0 in four of its five settings and 2 in one.
+    submission has `precondition_frequency` 100 and `grafting_beta2` = betas[1]; of its five settings four have
+    `use_nadam`, two `momentum`, and one an `inv_root_override` of 2 in place of 0.
     """
 
     skips_on_host = True

@@ -84,6 +84,8 @@ class Code:
     commit: str | None
     dirty: bool
     patch: str | None
+    outside: str = ""
+    """File and hash of each optimizer that came from outside; the patch holds its text."""
 
 
 @dataclasses.dataclass(frozen=True)

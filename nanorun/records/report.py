@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 MACHINE_ONLY = ("seed", "train.micro_batch_rows", "train.compile", "train.checkpoint_activations")
 """Config keys that change how a run is computed and not what it computes, up to rounding."""
 MACHINE_ONLY_TABLES = ("checkpoint.", "log.")
+LATER_KEYS = {
+    "train.cycles": 1,
+    "average.kind": "none",
+    "average.every_steps": 10,
+    "average.from_step": 0,
+    "average.snapshots": 5,
+    "average.beta": 0.9,
+}
+"""Config keys that came after the first records, and what a record without them ran with."""
 LONGEST_TEXT = 80
 SHOWN_SKIPS = 10
 
@@ -171,7 +180,10 @@ def _identity(record: Record) -> dict[str, Any]:
         for key, value in _flat(record.config)
         if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
     }
+    if record.code.outside:
+        config["outside optimizer"] = record.code.outside
     return {
+        **LATER_KEYS,
         **config,
         "train.steps": record.declared_steps,
         "hardware": record.hardware.label,

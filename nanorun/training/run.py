@@ -64,16 +64,25 @@ def train_seeds(
 def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
     """Return the config of an outside optimizer, "package.module:Class" or "path/to/file.py:Class".
 
-    Everything but the optimizer is taken from the track's preset `adamw`, and so are the optimizers of the roles
-    that the class does not take. Its options come with `--set optim.default.lr=…`, or `optim.matrix.lr=…` and
-    so on, role by role.
+    Everything but the optimizer is taken from the track's preset `adamw`, or its first one where there is none,
+    and so are the optimizers of the roles that the class does not take. Its options come with
+    `--set optim.default.lr=…`, or `optim.matrix.lr=…` and so on, role by role.
     """
-    base = BASE_PRESET if BASE_PRESET in preset_names(track) else preset_names(track)[0]
+    names = preset_names(track)
+    if not names:
+        raise UserError(
+            f"track {track.name!r} has no preset to take model and schedule from: add {track.folder}/adamw.toml"
+        )
+    base = BASE_PRESET if BASE_PRESET in names else names[0]
     path = track.folder / f"{base}.toml"
     values = read_toml(path)
     roles = find_algorithm(optim).roles
     theirs = {role: {"name": optim} for role in roles} if len(roles) < len(ROLE_NAMES) else {}
-    rest = values["optim"]["default"] if theirs else {"name": optim}
+    rest = values.get("optim", {}).get("default") if theirs else {"name": optim}
+    if rest is None:
+        raise UserError(
+            f"{optim} takes {', '.join(roles)} alone, and {path} has no [optim.default] for the rest: add one"
+        )
     values["optim"] = {**theirs, "default": rest}
     name = optim.rpartition(":")[2].lower()
     return resolve_values(track, name, values, settings, where=f"{optim} over {path}", **top)

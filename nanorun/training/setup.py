@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -208,18 +209,28 @@ def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
     The patch holds the files of outside optimizers as new ones, so that a record says what it trained with.
     """
     code, patch = machine.code_identity()
-    outside = "".join(_as_new_file(*item) for item in run.optimizers.outside_sources().items())
-    if outside:
-        code, patch = {**code, "dirty": True, "patch": PATCH}, (patch or "") + outside
+    sources = run.optimizers.outside_sources()
+    if sources:
+        # A patch of the tree that was too long to keep is not to be taken for whole.
+        if code["patch"] or not code["dirty"]:
+            patch = (patch or "") + "".join(_as_new_file(*item) for item in sources.items())
+        names = [f"{name} {_short_hash(text)}" for name, text in sources.items()]
+        code = {**code, "dirty": True, "patch": PATCH if patch else None, "outside": ", ".join(names)}
     if run.ranks.leads and patch is not None and not resumed:
         write_whole(run.folder / PATCH, patch, mend=ELSEWHERE)
     return code
 
 
-def _as_new_file(path: str, text: str) -> str:
-    """Return the patch that makes a file of that text."""
-    lines = difflib.unified_diff([], text.splitlines(keepends=True), "/dev/null", f"b/{path}")
-    return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
+def _as_new_file(name: str, text: str) -> str:
+    """Return the patch that makes `outside/<name>` with that text."""
+    if not text.endswith("\n"):
+        text += "\n"
+    lines = difflib.unified_diff([], text.splitlines(keepends=True), "/dev/null", f"b/outside/{name}")
+    return f"diff --git a/outside/{name} b/outside/{name}\nnew file mode 100644\n" + "".join(lines)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_patch(folder: Path) -> str | None:

@@ -37,7 +37,8 @@ class Stepper:
     """Carries out optimizer steps of one run on one rank.
 
     `model` holds the weights that are kept. Under `bf16_master` the passes run on a bf16 copy, and `model` is
-    the fp32 master: 2 bytes a parameter of weights, 2 of gradients, 12 of master and Adam's moments.
+    the fp32 master: 2 bytes a parameter of weights, 2 of gradients, 4 of master, and 8 more of moments where the
+    optimizer is Adam.
     """
 
     def __init__(
@@ -180,7 +181,17 @@ class Stepper:
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             loss = self.backward(*self.to_device(idx_BT, idx_BT.clone()))
-        self.update(loss, 1.0, torch.zeros((), device=self.device))
+        try:
+            self.update(loss, 1.0, torch.zeros((), device=self.device))
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            outside = [name for name in self.optimizers.names if ":" in name]
+            if not outside or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
+                "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
+            ) from error
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:
