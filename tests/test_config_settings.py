@@ -120,7 +120,7 @@ def test_what_does_not_fit_together_is_said(setting, said):
         ("optim.matrix.lr=fast", "muon: lr = 'fast' is not allowed"),
         ("optim.default.lr=true", "adamw: lr = True is not allowed"),
         ("optim.default.betas=3", "adamw: betas = 3 is not allowed: wanted two numbers"),
-        ("optim.default.name=3", "optimizer name 3: wanted a string, one of adam, adamw"),
+        ("optim.default.name=3", "optimizer name 3: wanted a string, one of adadelta, adagrad, adam"),
         ("optim.default.name=adam_w", "Did you mean 'adamw'?"),
         ("optim.matrix.name=:", "no module's name"),
         ("optim.matrix.name=.a:B", "no module's name"),
