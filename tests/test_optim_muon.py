@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import nanorun.optim.matrix_functions as matrix_functions
 import nanorun.optim.muon as muon_module
 from nanorun.errors import UserError
 from nanorun.optim import create
@@ -394,6 +395,32 @@ def test_all_matrices_of_one_shape_go_through_newton_schulz_together(monkeypatch
     set_grads(parameters, 0)
     optimizer.step()
     assert sorted(seen) == [(1, 24, 12), (5, 12, 12)]
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+def test_pieces_that_fit_the_cache_change_no_bit(coefficients, monkeypatch):
+    seen, trajectories = [], []
+    original = muon_module.newton_schulz
+    monkeypatch.setattr(muon_module, "newton_schulz", lambda g, **o: seen.append(g.shape) or original(g, **o))
+    for cache_bytes in (2**18, 2 * 12 * 12 * 4):
+        monkeypatch.setattr(matrix_functions, "CACHE_BYTES", cache_bytes)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        parameters = make_parameters([(36, 12), (24, 12), (12, 12), (24, 12), (12, 12)])
+        group = {"params": parameters, "n_stacked": [3, 1, 1, 1, 1]}
+        optimizer = Muon([group], lr=0.02, coefficients=coefficients, normalize_rows=True, weight_decay=0.1)
+        for step in range(5):
+            set_grads(parameters, step)
+            optimizer.step()
+        trajectories.append(parameters)
+    assert [tuple(shape) for shape in seen[:2]] == [(5, 12, 12), (2, 24, 12)]
+    assert [tuple(shape) for shape in seen[-5:]] == [
+        (2, 12, 12),
+        (2, 12, 12),
+        (1, 12, 12),
+        (1, 24, 12),
+        (1, 24, 12),
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*trajectories, strict=True))
 
 
 @pytest.mark.parametrize(

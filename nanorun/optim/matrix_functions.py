@@ -87,12 +87,30 @@ time has 2e-5), five are 20 times farther away; see `test_runs_of_steps_lose_no_
 one step is too large to build on."""
 
 
+CACHE_BYTES = 2**18
+"""Bytes of a stack for each thread, a quarter of a core's 1 MiB cache: the Gram matrix, the polynomial and the
+result want to be there as well. Muon's step took 7 % (width 128) to 22 % (width 192) less processor time in such
+pieces than with all matrices of a shape at once, on one thread of an AMD EPYC, and as much with half or twice
+these bytes."""
+
+
 def shape_groups(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Return the indices of the matrices that can be stacked: same shape, dtype and device."""
     groups: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for index, matrix in enumerate(matrices):
         groups.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(index)
     return list(groups.values())
+
+
+def cache_sized(indices: Sequence[int], matrix: Tensor) -> list[Sequence[int]]:
+    """Return the indices of matrices like `matrix` in pieces, each a stack small enough for the caches of a CPU.
+
+    Elsewhere that is one piece. The piece does not change the bits of a matrix whose rows fill whole vectors.
+    """
+    if matrix.device.type != "cpu":
+        return [indices]
+    fitting = max(1, CACHE_BYTES // max(1, matrix.nbytes)) * torch.get_num_threads()
+    return [indices[start : start + fitting] for start in range(0, len(indices), fitting)]
 
 
 def stack_by_shape(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:

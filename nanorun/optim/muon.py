@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
-from nanorun.optim.matrix_functions import COEFFICIENTS, newton_schulz, shape_groups
+from nanorun.optim.matrix_functions import COEFFICIENTS, cache_sized, newton_schulz, shape_groups
 from nanorun.optim.options import REQUIRED, Option, Variant
 
 SUMMARY = "Momentum whose singular values are all brought near 1; for matrices, beside AdamW for the rest."
@@ -134,7 +134,7 @@ class _Matrix(NamedTuple):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on stacks: all matrices of one shape and group go through Newton–Schulz together.
+    """Muon on stacks: matrices of one shape and group go through Newton–Schulz together, as the cache allows.
 
     A parameter group may hold `n_stacked`: how many matrices lie on top of each other in its parameters (one
     number, or a list with one per parameter). A fused (3C, C) weight with 3 is treated as Q, K and V apart,
@@ -254,7 +254,8 @@ class Muon(torch.optim.Optimizer):
         if not group["cautious_weight_decay"]:
             self._decay(group, owners, skip)
         for indices in shape_groups([matrix.parameter for matrix in matrices]):
-            self._step_stack(group, [matrices[i] for i in indices], skip)
+            for piece in cache_sized(indices, matrices[indices[0]].parameter):
+                self._step_stack(group, [matrices[i] for i in piece], skip)
         if _momentum_changes(group):
             steps = [self.state[owner]["step"] for owner in owners]
             # One tensor many times: of a single one torch may read the value on the host.
