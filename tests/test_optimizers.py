@@ -18,7 +18,7 @@ from nanorun.optim.build import ELSEWHERE, algorithms, build_optimizers, find_al
 from nanorun.optimizers import all_names, describe, state_bytes
 from nanorun.records.record import read_records
 from nanorun.records.report import TrackView, build_table
-from nanorun.tracks import load_track
+from nanorun.tracks import load_track, preset_names
 from nanorun.training.run import train_seeds
 
 TEMPLATE = Path(__file__).parent.parent / "docs" / "my_optimizer.py"
@@ -109,6 +109,12 @@ def test_create_takes_every_other_name_of_the_table():
 def test_a_variant_refuses_to_be_something_else():
     with pytest.raises(UserError, match=r"amsgrad holds amsgrad = True: leave amsgrad out, or take .* adam"):
         create("amsgrad", [torch.nn.Parameter(torch.zeros(2))], lr=0.1, amsgrad=False)
+
+
+def test_every_optimizer_has_a_preset_and_a_search_on_sotu():
+    track = load_track("sotu")
+    assert set(preset_names(track)) == set(ISSUED)
+    assert {path.stem for path in (track.folder / "search").glob("*.toml")} == {*ISSUED, "common"}
 
 
 def test_the_command_shows_one_line_for_each_and_a_page_for_one():
