@@ -6,6 +6,7 @@ import math
 import pytest
 import pytorch_optimizer
 import torch
+from optim_samples import largest_difference
 
 from nanorun.errors import UserError
 from nanorun.optim import create
@@ -55,10 +56,6 @@ class PlainAmos:
             old = torch.zeros_like(delta) if self.m is None else self.m
             self.m = delta = self.momentum * old + (1 - self.momentum) * delta
         return theta - delta
-
-
-def largest_difference(left, right):
-    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize(

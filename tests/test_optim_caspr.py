@@ -9,6 +9,7 @@ import io
 
 import pytest
 import torch
+from optim_samples import parameters_of, set_grads
 
 import nanorun.optim.caspr as module
 from nanorun.errors import UserError
@@ -16,22 +17,9 @@ from nanorun.optim import create
 from nanorun.optim.caspr import CASPR
 
 SHAPES = [(6, 6), (11, 5), (5, 11), (12, 4), (17, 10), (7,), (19,), (), (1, 6), (6, 1)]
+make_parameters = parameters_of(SHAPES)
 STACKS = [1, 1, 1, 3, 1, 1, 1, 1, 1, 1]
 """(12, 4) is three stacked matrices; under blocks of 8, (17, 10) falls into four shapes of block."""
-
-
-def make_parameters(shapes=SHAPES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def set_grads(parameters, step, seed=1):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = grad.to(parameter.dtype)
 
 
 def make_optimizer(parameters, stacks=STACKS, **options):

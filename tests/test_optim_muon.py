@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from optim_samples import largest_difference, parameters_of, set_grads
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import nanorun.optim.matrix_functions as matrix_functions
@@ -16,20 +17,7 @@ from nanorun.optim.matrix_functions import COEFFICIENTS
 from nanorun.optim.muon import OPTIONS, VARIANTS, Muon
 
 SHAPES = [(12, 12), (24, 12), (12, 24), (12, 12), (1, 6)]
-
-
-def make_parameters(shapes=SHAPES, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def set_grads(parameters, step, seed=1):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = grad.to(parameter.dtype)
+make_parameters = parameters_of(SHAPES, torch.float32)
 
 
 def plain_orthogonal(grad, steps=5):
@@ -53,10 +41,6 @@ def plain_muon_step(
         size = math.sqrt(max(1, rows / cols)) if rule == "original" else 0.2 * math.sqrt(max(rows, cols))
         parameter.mul_(1 - lr * weight_decay)
         parameter.sub_(lr * size * plain_orthogonal(update))
-
-
-def largest_difference(left, right):
-    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from optim_samples import set_grads
 
 import nanorun.optim.nadamw as nadamw_module
 from nanorun.errors import UserError
@@ -19,13 +20,6 @@ def make_parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
     return [
         torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
     ]
-
-
-def set_grads(parameters, step, seed=1):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = grad.to(parameter.dtype)
 
 
 def largest_difference(left, right):

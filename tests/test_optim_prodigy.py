@@ -6,39 +6,15 @@ import io
 import prodigyopt
 import pytest
 import torch
+from optim_samples import copies, largest_difference, parameters_of, same_bits
+from optim_samples import set_pulling_grads as set_grads
 
 from nanorun.errors import UserError
 from nanorun.optim import create
 from nanorun.optim.prodigy import Prodigy
 
 SHAPES = [(7, 5), (5,), (3, 4), ()]
-
-
-def make_parameters(shapes=SHAPES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def set_grads(parameters, step, seed=1):
-    """Set gradients that pull to 0, with noise: an estimate of the distance needs somewhere to go."""
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-        parameter.grad = parameter.detach() + 0.3 * noise
-
-
-def largest_difference(left, right):
-    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
-
-
-def same_bits(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def copies(parameters):
-    return [parameter.detach().clone() for parameter in parameters]
+make_parameters = parameters_of(SHAPES)
 
 
 class PlainProdigy:

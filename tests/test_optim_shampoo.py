@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
+from optim_samples import parameters_of, set_grads
 
 import nanorun.optim.shampoo as shampoo_module
 from nanorun.errors import UserError
@@ -13,21 +14,8 @@ from nanorun.optim import create
 from nanorun.optim.shampoo import Shampoo, refresh_due
 
 SHAPES = [(8, 8), (14, 6), (6, 14), (8, 8), (1, 6), (7,), (1,), ()]
+make_parameters = parameters_of(SHAPES)
 STACKED = [1, 1, 1, 2, 1, 1, 1, 1]
-
-
-def make_parameters(shapes=SHAPES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def set_grads(parameters, step, seed=1):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = grad.to(parameter.dtype)
 
 
 def plain_root(statistics):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
+from optim_samples import parameters_of, set_grads
 
 import nanorun.optim.soap as soap_module
 from nanorun.errors import UserError
@@ -13,22 +14,9 @@ from nanorun.optim import create
 from nanorun.optim.soap import SOAP
 
 SHAPES = [(8, 8), (10, 6), (6, 10), (16, 8), (2, 3), (7,), (1,), ()]
+make_parameters = parameters_of(SHAPES)
 STACKED = [1, 1, 1, 2, 1, 1, 1, 1]
 VECTORS = [(7,), (1,), ()]
-
-
-def make_parameters(shapes=SHAPES, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def set_grads(parameters, step, seed=1):
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    for parameter in parameters:
-        grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = grad.to(parameter.dtype)
 
 
 class PlainSoap:

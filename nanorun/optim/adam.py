@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option, Variant
 
 SUMMARY = "Gradient over the root of its average square; weight decay is added to the gradient (L2)."
@@ -60,10 +61,7 @@ class GradientsInOrder(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         odd = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.stride() != p.stride()]
         for parameter, grad in odd:

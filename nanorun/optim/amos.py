@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.muon import stacked_counts
 from nanorun.optim.options import REQUIRED, Option
 
@@ -140,10 +141,7 @@ class Amos(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf != 0
         for group in self.param_groups:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.distributed_shampoo import (
     Bucket,
     Member,
@@ -128,10 +129,7 @@ class CASPR(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
 
             def set_up(member: Member, matrix_eps: float = group["matrix_eps"]) -> None:

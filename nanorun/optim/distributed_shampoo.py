@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
+from nanorun.optim.closures import loss_of
 from nanorun.optim.inverse_roots import inverse_root
 from nanorun.optim.muon import stacked_counts
 from nanorun.optim.options import REQUIRED, Option
@@ -314,10 +315,7 @@ class DistributedShampoo(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for step, members in members_by_step(self, group, _set_up).items():
                 self._step_members(group, members, step)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
+from nanorun.optim.closures import loss_of
 from nanorun.optim.matrix_functions import COEFFICIENTS, cache_sized, newton_schulz, shape_groups
 from nanorun.optim.options import REQUIRED, Option, Variant
 
@@ -237,10 +238,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             self._step_group(group, None if found_inf is None else found_inf != 0)

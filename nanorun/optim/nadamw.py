@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option, Variant
 
 SUMMARY = "AdamW with Nesterov's look-ahead in place of the plain average gradient; AlgoPerf's baseline."
@@ -316,10 +317,7 @@ class NAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf != 0
         if skip is not None and skip.device.type == "cpu":

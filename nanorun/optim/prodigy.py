@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import Option
 from nanorun.optim.schedulefree_adamw import lent_gradients
 
@@ -138,10 +139,7 @@ class Prodigy(prodigyopt.Prodigy):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         refuse_two_estimates("prodigy", self.param_groups, OPTIONS, _OF_ONE_GROUP)
         decay_enters_gradient = any(g["weight_decay"] and not g["decouple"] for g in self.param_groups)
         with lent_gradients(self.param_groups) if decay_enters_gradient else contextlib.nullcontext():

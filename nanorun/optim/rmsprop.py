@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option
 
 SUMMARY = "Gradient over the root of its average square, or of its variance if centered."
@@ -108,10 +109,7 @@ class RMSprop(torch.optim.RMSprop):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups = self.param_groups
         for group in groups:
             if group["eps_inside"]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option
 
 SUMMARY = "AdamW without momentum, evaluated at a running average of its iterates; needs no decay of lr."
@@ -133,10 +134,7 @@ class ScheduleFreeAdamW(schedulefree.AdamWScheduleFree):
         Raises RuntimeError in evaluation mode.
         """
         refuse_evaluation_mode("schedulefree_adamw", self.param_groups)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         # The package divides the gradients in place.
         with lent_gradients(self.param_groups):
             super().step()

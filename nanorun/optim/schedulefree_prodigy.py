@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import Option
 from nanorun.optim.prodigy import OPTIONS as PRODIGY_OPTIONS
 from nanorun.optim.prodigy import refuse_two_estimates
@@ -229,10 +230,7 @@ class ScheduleFreeProdigy(torch.optim.Optimizer):
         Raises RuntimeError in evaluation mode.
         """
         refuse_evaluation_mode("schedulefree_prodigy", self.param_groups)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         refuse_two_estimates("schedulefree_prodigy", self.param_groups, OPTIONS, _OF_ONE_GROUP)
         active = [(group, tensors) for group in self.param_groups for tensors in self._tensors(group)]
         if active and self.param_groups[0]["lr"] > 0:

@@ -9,6 +9,7 @@ import torch
 
 from nanorun.errors import UserError
 from nanorun.optim.adam import GradientsInOrder, fused_params
+from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option
 
 SUMMARY = "The gradient times lr, or a sum of past gradients; weight decay is added to the gradient (L2)."
@@ -70,10 +71,7 @@ class SGD(GradientsInOrder, torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         # Left to make its buffers, the fused kernel keeps uninitialised memory where found_inf skips the first
         # step, and fails where only some parameters have one. From zeros it gives the same bits, but for
         # dampening, which must not touch the first gradient.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError
+from nanorun.optim.closures import loss_of
 from nanorun.optim.inverse_roots import inverse_root
 from nanorun.optim.muon import stacked_counts
 from nanorun.optim.options import REQUIRED, Option
@@ -119,10 +120,7 @@ class Shampoo(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not with_grad:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorun.optim.closures import loss_of
 from nanorun.optim.inverse_roots import eigenbasis, refine_eigenbasis
 from nanorun.optim.options import REQUIRED, Option
 from nanorun.optim.shampoo import Alike, accumulate_, alike, check_shapes
@@ -138,10 +139,7 @@ class SOAP(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in with_grad:
