@@ -38,18 +38,12 @@ def of_today(record: Record, track: Track) -> bool:
         then = make_config(record.config, where=record.id).model_dump()
     except UserError:
         return False
-    then_flat, now_flat = (
-        {key: _plain(value) for key, value in flattened(one).items()} for one in (then, now)
-    )
+    then_flat, now_flat = flattened(then), flattened(now)
     return all(
         then_flat.get(key) == now_flat.get(key)
         for key in {*then_flat, *now_flat}
         if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def cells(row: Row, record: Record, bench: dict[str, Any], best: float | None) -> list[str]:

@@ -23,7 +23,7 @@ from nanorun.optim.options import Option, Variant, check_options
 ROLE_NAMES = ("embedding", "head", "matrix", "vector")
 
 _NOT_ALGORITHMS = frozenset(
-    {"build", "closures", "matrix_functions", "inverse_roots", "schedules", "averaging", "options", "pages"}
+    {"build", "closures", "matrix_functions", "inverse_roots", "schedules", "averaging", "options"}
 )
 
 ELSEWHERE = {
