@@ -131,7 +131,7 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"{path}: its manifest.json is missing or broken ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version!r}, and this nanorun reads {FORMAT_VERSION}")
-    for name in sorted({*FILES, *(name for name in hashes if name == EVALUATION)}):
+    for name in (*FILES, EVALUATION) if EVALUATION in hashes else FILES:
         if not (path / name).is_file() or sha256_of(path / name) != hashes.get(name):
             raise UserError(
                 f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
