@@ -158,7 +158,8 @@ def _is_given(context: typer.Context, key: str) -> bool:
 def report(
     track: Annotated[str | None, typer.Option(help="One track; all that have records without it.")] = None,
     format: Annotated[
-        Literal["table", "markdown", "csv", "json"], typer.Option(help="How to print it.")
+        Literal["table", "markdown", "csv", "json", "html"],
+        typer.Option(help="How to print it; html: one page with charts that needs no network."),
     ] = "table",
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     records: RecordsDir = Path("records"),

@@ -132,6 +132,18 @@ def build_table(
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
     """
+    return table_with_runs(track, records, hardware=hardware, since=since, skipped=skipped)[0]
+
+
+def table_with_runs(
+    track: TrackView,
+    records: Iterable[Record],
+    *,
+    hardware: str | None = None,
+    since: str | None = None,
+    skipped: Iterable[Skipped] = (),
+) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
+    """Return what `build_table` does, and for each of its rows the runs it is made of, oldest first."""
     start = _moment(since)
     of_track = [record for record in records if record.track == track.name]
     kept = [
@@ -148,7 +160,8 @@ def build_table(
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
-    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    table = Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    return table, tuple(tuple(group) for _, group in pairs)
 
 
 def _moment(since: str | None) -> datetime.datetime | None:
@@ -213,9 +226,14 @@ def _usual_measurement(records: Sequence[Record]) -> tuple[str, int] | None:
     return max(counts, key=lambda kind: (counts[kind], latest[kind]), default=None)
 
 
-def _is_full(record: Record) -> bool:
+def is_full(record: Record) -> bool:
     """Whether the run's last loss is a fair sample at the declared last step."""
     return record.completed and not record.stop_at_target
+
+
+def final_losses(records: Iterable[Record]) -> list[float]:
+    """What a track's rule judges: the last loss of each seed's full runs, in order of the seeds."""
+    return _by_seed((record for record in records if is_full(record)), lambda record: record.final_val_loss)
 
 
 def _by_seed(records: Iterable[Record], value: Callable[[Record], float]) -> list[float]:
@@ -237,8 +255,8 @@ def _crossing(record: Record, target: float) -> tuple[int, float] | None:
 def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int] | None) -> Row:
     """One group as a row, without its rank and with its preset's name."""
     target = track.target_val_loss
-    full = [record for record in group if _is_full(record)]
-    losses = _by_seed(full, lambda record: record.final_val_loss)
+    full = [record for record in group if is_full(record)]
+    losses = final_losses(group)
     seconds = _by_seed(full, lambda record: record.clock["train_seconds"])
     crossings = {record.id: crossing for record in group if (crossing := _crossing(record, target))}
     crossed = [record for record in group if record.id in crossings]
@@ -367,7 +385,7 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
         made_for = group[0].target_val_loss
         yield f"{row.name}: made for the target {made_for:g}, judged here by {track.target_val_loss:g}"
     first_seeds: dict[str, int] = {}
-    if any(first_seeds.setdefault(r.final_weights_sha256, r.seed) != r.seed for r in group if _is_full(r)):
+    if any(first_seeds.setdefault(r.final_weights_sha256, r.seed) != r.seed for r in group if is_full(r)):
         yield f"{row.name}: different seeds ended with the same weights, so they are no independent runs"
     for what, kinds in _mixtures(group):
         if kinds > 1:
@@ -644,7 +662,7 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
 
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     texts = {"name", "optimizer", "date"}
-    cells = [_cells(row, machines, narrow) for row in table.rows]
+    cells = [row_cells(row, machines, narrow) for row in table.rows]
     for title in cells[0]:
         grid.add_column(
             title.replace("_", " " if not narrow else "\n"),
@@ -657,7 +675,7 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
     return grid
 
 
-def _cells(row: Row, machines: Sequence[str], narrow: bool) -> dict[str, str]:
+def row_cells(row: Row, machines: Sequence[str], narrow: bool = False) -> dict[str, str]:
     """Title to text of one row; `_` in a title is where it may break."""
     joint = "\n" if narrow else " "
     name, optimizer = clean(row.name, longest=32), clean(row.optimizer, longest=32)

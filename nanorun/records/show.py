@@ -13,9 +13,9 @@ from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
     Table,
     TrackView,
-    build_table,
     next_command,
     print_terminal,
+    table_with_runs,
     to_csv,
     to_dict,
     to_markdown,
@@ -28,19 +28,26 @@ def report_text(
 ) -> str:
     """Return the report of one track, or of every track that has records under `root`.
 
-    `form` is `table` (for this console), `markdown`, `csv` or `json`.
+    `form` is `table` (for this console), `markdown`, `csv`, `json` or `html`.
     """
     records, skipped = read_records(root, track)
     held = {record.track for record in records} | {one.path.parent.name for one in skipped}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
-    tables = [_table(name, records, skipped, since, hardware) for name in names]
+    with_runs = [_table(name, records, skipped, since, hardware) for name in names]
+    tables = [table for table, _ in with_runs]
     for name in sorted(held - set(known)) if track is None else []:
         _aside(f"{root / name} holds records of a track that is not here: add ./configs/{name}/track.toml")
     if form == "json":
         documents = [to_dict(table) for table in tables]
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    if form == "html":
+        from nanorun.records.page import TrackReport, render_page
+
+        return render_page(
+            [TrackReport(table, runs, load_track(table.track.name).summary) for table, runs in with_runs]
+        )
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
@@ -68,8 +75,9 @@ def _aside(line: str) -> None:
 
 def _table(
     name: str, records: list[Record], skipped: list[Skipped], since: str | None, hardware: str | None
-) -> Table:
+) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
+    """The table of a track, and the runs of each of its rows."""
     of_track = [one for one in skipped if one.path.parent.name == name]
-    return build_table(
+    return table_with_runs(
         TrackView.of(load_track(name)), records, hardware=hardware, since=since, skipped=of_track
     )
