@@ -165,9 +165,24 @@ def _columns(table: Table, machines: Sequence[str]) -> list[dict[str, Any]]:
         return []
     titles = list(row_cells(table.rows[0], machines))
     return [
-        {"title": title.replace("_", " "), "is_text": title in TEXT_COLUMNS, "is_name": title == "name"}
+        {"title": title.replace("_", " "), "kind": _kind(title), "classes": _classes(title)}
         for title in titles
     ]
+
+
+def _kind(title: str) -> str:
+    return "text" if title in TEXT_COLUMNS else "number"
+
+
+def _classes(title: str) -> str:
+    """The classes of a column's cells."""
+    extra = {
+        "name": " name",
+        "seconds": " with-spread",
+        "final_loss": " with-spread fine",
+        "first_crossing": " with-aside",
+    }
+    return _kind(title) + extra.get(title, "")
 
 
 def _row(row: Row, place: int, table: Table, machines: Sequence[str]) -> dict[str, Any]:
@@ -197,7 +212,7 @@ def _row(row: Row, place: int, table: Table, machines: Sequence[str]) -> dict[st
                 "has_spread": title in ("seconds", "first_crossing", "final_loss"),
                 "aside": clean(aside),
                 "key": "" if key is None else key,
-                "is_text": title in TEXT_COLUMNS,
+                "classes": _classes(title),
             }
         )
     return {"cells": cells, "counts": row.counts, "mark": _mark(place), "place": place}

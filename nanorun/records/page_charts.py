@@ -129,7 +129,7 @@ def run_line(record: Record, mark: int) -> Line | None:
 
 def run_views(line: Line, target: float) -> Mapping[str, tuple[Axis, Axis]]:
     """The ranges of a card's small chart: one run over counted seconds."""
-    return _loss_views([line], ["seconds"], target, ticks=4)
+    return _loss_views([line], ["seconds"], target, ticks=4, above=0.25)
 
 
 def history_chart(track: TrackView, rows: Sequence[Row], runs: Sequence[Sequence[Record]]) -> Chart | None:
@@ -292,7 +292,7 @@ def _told(line: Line, target: float) -> str:
 
 
 def _loss_views(
-    lines: Sequence[Line], keys: Sequence[str], target: float, ticks: int = 6
+    lines: Sequence[Line], keys: Sequence[str], target: float, ticks: int = 6, above: float = 0.06
 ) -> dict[str, tuple[Axis, Axis]]:
     """For each axis the whole of the lines, and the part near the target.
 
@@ -304,8 +304,10 @@ def _loss_views(
     lowest = min(target, *(min(line.low or line.y) for line in lines))
     highest = max(target, *(max(line.high or line.y) for line in lines))
     ends = max(target, *((line.high or line.y)[-1] for line in lines))
-    ceiling = min(highest, ends + max(0.6 * (ends - lowest), 0.06 * target))
+    ceiling = min(highest, ends + max(0.6 * (ends - lowest), above * target))
     views = {}
+    # Across there is room for more labels than down; the page leaves out those that do not fit.
+    x_ticks = 2 * ticks if len(keys) > 1 else ticks
     for key in keys:
         last = max(max(line.x[key]) for line in lines)
         first = min(
@@ -313,11 +315,11 @@ def _loss_views(
             default=0.0,
         )
         views[f"{key}.near"] = (
-            _linear_axis(0.0 if first < 0.3 * last else first, last, ticks, pad=0.02, floor=0.0),
+            _linear_axis(0.0 if first < 0.3 * last else first, last, x_ticks, pad=0.02, floor=0.0),
             _linear_axis(lowest, ceiling, ticks, floor=0.0),
         )
         views[f"{key}.whole"] = (
-            _linear_axis(0.0, last, ticks, pad=0.02, floor=0.0),
+            _linear_axis(0.0, last, x_ticks, pad=0.02, floor=0.0),
             _linear_axis(lowest, highest, ticks, floor=0.0),
         )
     return views
@@ -340,7 +342,7 @@ def _staircase(
     for one in standing:
         (others if records and one[1] >= records[-1][1] else records).append(one)
     notes = [_standing_note(one, unit) for one in records]
-    labels = [clean(one[2].name, longest=24) for one in records]
+    labels = [f"{clean(one[2].name, longest=24)} {_short_score(one[1], unit)}" for one in records]
     times, scores = [one[0] for one in records], [one[1] for one in records]
     if now > times[-1]:
         times, scores = [*times, now], [*scores, scores[-1]]
@@ -359,8 +361,12 @@ def _staircase(
 def _standing_note(one: tuple[float, float, Row, int], unit: str) -> str:
     moment, score, row, _ = one
     when = datetime.datetime.fromtimestamp(moment, datetime.UTC)
-    what = f"{score:,.1f} s" if unit == "counted seconds" else f"{score:,.0f} {unit}"
+    what = _short_score(score, unit) if unit == "counted seconds" else f"{score:,.0f} {unit}"
     return f"{clean(row.name, longest=40)}: {what} ({when:%Y-%m-%d %H:%M} UTC)"
+
+
+def _short_score(score: float, unit: str) -> str:
+    return f"{score:,.1f} s" if unit == "counted seconds" else f"{score:,.0f}"
 
 
 def _linear_axis(low: float, high: float, count: int, pad: float = 0.06, floor: float | None = None) -> Axis:

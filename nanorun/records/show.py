@@ -45,6 +45,10 @@ def report_text(
     if form == "html":
         from nanorun.records.page import TrackReport, render_page
 
+        # The page begins with what has a result.
+        with_runs.sort(
+            key=lambda one: (not any(row.counts for row in one[0].rows), one[0].track.name != DEFAULT_TRACK)
+        )
         return render_page(
             [TrackReport(table, runs, load_track(table.track.name).summary) for table, runs in with_runs]
         )

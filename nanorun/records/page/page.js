@@ -63,6 +63,7 @@ class Chart {
     plot.setAttribute("aria-roledescription", "chart");
     plot.setAttribute("aria-labelledby", this.svg.getAttribute("aria-labelledby"));
     plot.setAttribute("aria-describedby", this.svg.getAttribute("aria-describedby"));
+    this.svg.setAttribute("aria-hidden", "true");
     plot.addEventListener("pointermove", (event) => this.point(event));
     plot.addEventListener("pointerdown", (event) => this.point(event));
     plot.addEventListener("pointerleave", () => this.read(null));
@@ -98,7 +99,8 @@ class Chart {
 
   // The functions from values to pixels, and the frame they map into.
   scales() {
-    const [x, y] = this.spec.views[`${this.axis}.${this.extent}`] ?? this.spec.views[`${this.axis}.near`];
+    const [whole, y] = this.spec.views[`${this.axis}.${this.extent}`] ?? this.spec.views[`${this.axis}.near`];
+    const x = this.spec.kind === "curves" ? this.narrowed(whole) : whole;
     const small = this.spec.kind === "run";
     const width = Math.max(200, this.plot.clientWidth);
     const height = small ? 190 : Math.round(Math.min(400, Math.max(250, width * 0.46)));
@@ -106,6 +108,13 @@ class Chart {
     const across = (value) => frame.left + ((value - x[0]) / (x[1] - x[0])) * (frame.right - frame.left);
     const down = (value) => frame.bottom - ((value - y[0]) / (y[1] - y[0])) * (frame.bottom - frame.top);
     return { x, y, width, height, frame, across, down };
+  }
+
+  // The range up to where the last of the shown lines ends: hidden ones take no room.
+  narrowed([low, high, ticks]) {
+    const ends = [...this.shown].map((index) => this.spec.lines[index].x[this.axis].at(-1));
+    const end = Math.max(...ends) + 0.02 * (Math.max(...ends) - low);
+    return ends.length && end > low && end < high ? [low, end, ticks.filter(([value]) => value <= end)] : [low, high, ticks];
   }
 
   draw() {
@@ -181,19 +190,21 @@ class Chart {
     }
   }
 
-  // Names beside points, where they neither run off the frame nor into one another.
+  // Names beside the points of a staircase, left of them, where it leaves room; the latest come first, and one
+  // that would run into another is left out.
   drawLabels(lines) {
     const taken = [];
     for (const [, line] of lines) {
       const places = this.places(line);
-      (line.labels ?? []).forEach((label, index) => {
+      [...(line.labels ?? []).entries()].reverse().forEach(([index, label]) => {
         const [x, y] = places[index];
         const width = label.length * 7;
-        const before = x + 8 + width > this.scale.frame.right;
-        const box = [before ? x - 8 - width : x + 6, y - 22, before ? x - 8 : x + 6 + width, y - 6];
+        const before = x - 8 - width >= this.scale.frame.left;
+        const [left, base] = before ? [x - 8 - width, y + 4] : [x + 6, Math.max(y - 8, 12)];
+        const box = [left, base - 12, left + width, base + 4];
         if (taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) return;
         taken.push(box);
-        make(this.svg, "text", { class: "point-label", x: before ? x - 8 : x + 6, y: Math.max(12, y - 8), "text-anchor": before ? "end" : "start" }, label);
+        make(this.svg, "text", { class: "point-label", x: before ? x - 8 : left, y: base, "text-anchor": before ? "end" : "start" }, label);
       });
     }
   }
