@@ -176,12 +176,80 @@ def report(
     text = report_text(
         records, track=track, form=form, since=since, hardware=hardware, console=_console(False)
     )
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        from nanorun.files import write_whole
+    _hand_over(text, out)
 
-        write_whole(out, text, mend="choose another --out")
+
+@app.command(
+    epilog="Example: nanorun score times.csv --held-out fastmri_tanh=fastmri --format svg --out profiles.svg"
+)
+def score(
+    times: Annotated[
+        Path | None,
+        typer.Argument(
+            help="CSV with the columns submission, workload, seconds (empty: target not reached); - for stdin. A "
+            "row is a study, or a trial of one where a column study says so; a column budget holds the workload's "
+            "runtime in seconds."
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--held-out",
+            help="VARIANT=BASE, repeatable: who misses the variant loses the base workload.",
+        ),
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of a file: score our own records of this track, repeatable. Presets are the submissions, "
+            "tracks the workloads, and a seed's first crossing is a study."
+        ),
+    ] = None,
+    ruleset: Annotated[
+        Literal["external", "self"],
+        typer.Option(
+            help="How the times were tuned. AlgoPerf itself asks 5 studies of 5 trials on each workload, of which the "
+            "fastest counts (external); self-tuning takes one trial a study and three times the runtime budget. "
+            "Here the studies are those in the file; of trials of one study, external takes the fastest and self "
+            "refuses the second; a time above budget, or above three times it for self, is a miss."
+        ),
+    ] = "external",
+    format: Annotated[
+        Literal["table", "markdown", "csv", "json", "svg"], typer.Option(help="How to print it.")
+    ] = "table",
+    plot: Annotated[
+        Literal["profiles", "tau-max"],
+        typer.Option(help="The curves: performance profiles, or the score against where they end."),
+    ] = "profiles",
+    curves: Annotated[
+        bool | None,
+        typer.Option(
+            "--curves/--no-curves", help="Small curves under the table; by default on a terminal alone."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
+    records: RecordsDir = Path("records"),
+    hardware: Annotated[
+        str | None, typer.Option(help="With --track: only machines whose name contains this.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score training algorithms over several workloads, as the AlgoPerf benchmark does."""
+    from nanorun.records.show_score import score_text
+
+    text = score_text(
+        times,
+        tracks=track or [],
+        held_out=held_out or [],
+        ruleset=ruleset,
+        form="json" if as_json else format,
+        plot=plot,
+        records=records,
+        hardware=hardware,
+        curves=curves,
+        console=_console(False),
+    )
+    _hand_over(text, out)
 
 
 @app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
@@ -254,6 +322,16 @@ def _end(text: str, code: int) -> None:
 
     print(f"nanorun: {printable(text)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _hand_over(text: str, out: Path | None) -> None:
+    """Print `text`, or write it to a file where one was named."""
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        from nanorun.files import write_whole
+
+        write_whole(out, text, mend="choose another --out")
 
 
 def _console(as_json: bool) -> Console:

@@ -152,16 +152,22 @@ def table_with_runs(
         if (hardware is None or hardware.lower() in record.hardware.label.lower())
         and (start is None or datetime.datetime.fromisoformat(record.created) >= start)
     ]
-    usual = _usual_measurement(kept)
-    pairs = [(_summarized(group, track, usual), group) for group in _groups(kept)]
-    pairs.sort(key=lambda pair: _order(pair[0], track.scored_in))
-    pairs = _told_apart(pairs)
+    pairs = ranked_groups(track, kept)
     notes = [note for row, group in pairs for note in _notes(row, group, track)]
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
     table = Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
     return table, tuple(tuple(group) for _, group in pairs)
+
+
+def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row, list[Record]]]:
+    """Return the rows of a track, best first, each with the records that it sums up, oldest first."""
+    of_track = [record for record in records if record.track == track.name]
+    usual = _usual_measurement(of_track)
+    pairs = [(_summarized(group, track, usual), group) for group in _groups(of_track)]
+    pairs.sort(key=lambda pair: _order(pair[0], track.scored_in))
+    return _told_apart(pairs)
 
 
 def _moment(since: str | None) -> datetime.datetime | None:
@@ -244,8 +250,8 @@ def _by_seed(records: Iterable[Record], value: Callable[[Record], float]) -> lis
     return [mean(values[seed]) for seed in sorted(values)]
 
 
-def _crossing(record: Record, target: float) -> tuple[int, float] | None:
-    """(step, seconds) of the first validation at or under the track's target."""
+def crossing_of(record: Record, target: float) -> tuple[int, float] | None:
+    """Return (step, seconds) of the first validation at or under the track's target."""
     if record.target_val_loss == target:
         return (record.reached.step, record.reached.seconds) if record.reached else None
     points = (point for point in record.validation if point.val_loss <= target)
@@ -258,7 +264,7 @@ def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int
     full = [record for record in group if is_full(record)]
     losses = final_losses(group)
     seconds = _by_seed(full, lambda record: record.clock["train_seconds"])
-    crossings = {record.id: crossing for record in group if (crossing := _crossing(record, target))}
+    crossings = {record.id: crossing for record in group if (crossing := crossing_of(record, target))}
     crossed = [record for record in group if record.id in crossings]
     crossing_seconds = _by_seed(crossed, lambda record: crossings[record.id][1])
     best = min(min((p.val_loss for p in r.validation), default=r.final_val_loss) for r in group)
@@ -575,11 +581,12 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in table.rows:
-        writer.writerow([_csv_cell(getattr(row, name)) for name in names])
+        writer.writerow([csv_cell(getattr(row, name)) for name in names])
     return out.getvalue()
 
 
-def _csv_cell(value: object) -> object:
+def csv_cell(value: object) -> object:
+    """Return what a CSV cell holds: nothing for None, and no formula."""
     if not isinstance(value, str):
         return "" if value is None else value
     text = clean(value, longest=None)
@@ -588,10 +595,10 @@ def _csv_cell(value: object) -> object:
 
 def to_markdown(table: Table) -> str:
     """The table as GitHub's Markdown, with the rule, the comparison and the notes under it."""
-    lines = [f"### {_markdown(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
+    lines = [f"### {markdown_text(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
     empty = empty_line(table)
     if empty:
-        lines += [_markdown(empty), ""]
+        lines += [markdown_text(empty), ""]
     else:
         titles = ["Rank", "Name", "Optimizer", "n", "Seconds", "First crossing", "Steps", "Tokens"]
         titles += ["Final loss", "p", "Counts", "Hardware", "Date"]
@@ -603,15 +610,15 @@ def to_markdown(table: Table) -> str:
             cells += [_count(row.steps_mean), _large(row.tokens_mean)]
             cells += [_spread(_loss(row.loss_mean), row.loss_std, _loss), _p(row.p_value)]
             cells += ["yes" if row.counts else "no", row.hardware, row.date]
-            lines.append(f"| {' | '.join(map(_markdown, cells))} |")
+            lines.append(f"| {' | '.join(map(markdown_text, cells))} |")
         lines.append("")
     for line in _lines_under(table):
-        lines.append(f"- {_markdown(line, longest=400)}")
+        lines.append(f"- {markdown_text(line, longest=400)}")
     return "\n".join(lines) + "\n"
 
 
-def _markdown(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Text that Markdown shows as it is, HTML and links included."""
+def markdown_text(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return text that Markdown shows as it is, HTML and links included."""
     return re.sub(r"([\\`*_\[\]|~<>&#!])", r"\\\1", clean(text, longest=longest))
 
 
@@ -634,7 +641,7 @@ def print_terminal(table: Table, console: Console) -> None:
     from rich.text import Text
 
     def say(line: str, style: str = "", longest: int = 400) -> None:
-        console.print(Text(_encodable(clean(line, longest=longest), console.encoding), style=style))
+        console.print(Text(encodable(clean(line, longest=longest), console.encoding), style=style))
 
     say(f"{table.track.name}: validation loss {table.track.target_val_loss:g}", "bold")
     empty = empty_line(table)
@@ -671,7 +678,7 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
         )
     for row, values in zip(table.rows, cells):
         style = "" if row.counts else "dim"
-        grid.add_row(*(Text(_encodable(value, console.encoding)) for value in values.values()), style=style)
+        grid.add_row(*(Text(encodable(value, console.encoding)) for value in values.values()), style=style)
     return grid
 
 
@@ -706,8 +713,8 @@ def clean(text: str, longest: int | None = LONGEST_TEXT) -> str:
     return shown if longest is None or len(shown) <= longest else shown[: longest - 3] + "..."
 
 
-def _encodable(text: str, encoding: str) -> str:
-    """Text that a terminal of this encoding can show."""
+def encodable(text: str, encoding: str) -> str:
+    """Return text that a terminal of this encoding can show."""
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
