@@ -16,8 +16,20 @@ import pytest
 
 SECONDS_TO_WAIT = 60
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-dev-shm-usage",
+    ),
+    *(
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-extensions",
+    ),
     *("--hide-scrollbars", "--force-device-scale-factor=1", "--lang=en-US", "--remote-debugging-pipe"),
 )
 
@@ -115,7 +127,11 @@ class Browser:
     def resize(self, width: int, height: int = 800, *, mobile: bool = False) -> None:
         """Give the page a window of this size."""
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
         )
         self.settle()
 

@@ -14,12 +14,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from nanorun.errors import UserError
 from nanorun.records import page_charts as charts
+from nanorun.records.profiles import performance_profiles
 from nanorun.records.record import Record
 from nanorun.records.report import (
     SHOWN_SKIPS,
@@ -31,6 +33,7 @@ from nanorun.records.report import (
     row_cells,
     rule_line,
 )
+from nanorun.records.times import of_records
 from nanorun.tables import flattened
 
 FILES = Path(__file__).parent / "page"
@@ -38,37 +41,31 @@ LONGEST_LINE = 600
 """Characters of a note."""
 LONGEST_CONFIG = 4000
 """Characters of a config in a card; the whole one lies beside the record."""
-CLAIMED = "claimed"
+CLAIMED = ("claimed", "claimed: nobody has said that they made it again")
 TEXT_COLUMNS = ("name", "optimizer", "date", "counts", "hw")
 
 
-class TrackReport(NamedTuple):
-    """What the page has to know of a track."""
-
-    table: Table
-    runs: tuple[tuple[Record, ...], ...]
-    """The runs of each of the table's rows."""
-    summary: str = ""
-
-
 def render_page(
-    reports: Sequence[TrackReport],
+    tables: Sequence[Table],
     *,
-    profiles: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    states: Mapping[str, str] | None = None,
+    summaries: Mapping[str, str] | None = None,
+    states: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
     """Return the whole page as text; the same records give the same text.
 
-    `profiles` are AlgoPerf's: (τ, share of tracks) by submission. `states` says of a record's id whether it is
-    claimed, reproduced or contested; a record that it does not name is claimed.
+    `summaries` says in a sentence what each track is. `states` says of a record, by its id, in a word and in a
+    sentence whether it was reproduced or contested; a record that it does not name is claimed.
     """
     data: dict[str, Any] = {"charts": {}, "runs": [], "configs": {}}
-    tracks = [_track(report, index, data, states or {}) for index, report in enumerate(reports)]
+    tracks = [
+        _track(table, index, (summaries or {}).get(table.track.name, ""), data, states or {})
+        for index, table in enumerate(tables)
+    ]
     # Runs of one row share their config, so each text is kept once.
     data["configs"] = list(data["configs"])
-    profile = _figure("profiles", charts.profiles_chart(profiles or {}), data)
+    profiles = _profiles(tables, data)
     style, script = ((FILES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    runs = [record for report in reports for group in report.runs for record in group]
+    runs = [record for table in tables for group in table.runs for record in group]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FILES),
         autoescape=True,
@@ -83,7 +80,7 @@ def render_page(
         script=Markup(script),
         data=Markup(_script_json(data)),
         tracks=tracks,
-        profiles=profile,
+        profiles=profiles,
         n_records=len(runs),
         latest=max((record.created[:10] for record in runs), default=None),
     )
@@ -107,17 +104,38 @@ def _script_json(data: object) -> str:
     return re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def _profiles(tables: Sequence[Table], data: dict[str, Any]) -> dict[str, Any] | None:
+    """AlgoPerf's profiles over the tracks that have records, or why there are none; None for fewer than two."""
+    kept = [table for table in tables if table.rows]
+    if len(kept) < 2:
+        return None
+    records = [record for table in kept for group in table.runs for record in group]
+    try:
+        studied = of_records([table.track for table in kept], records, hardware=None)
+    except UserError as error:
+        return {"figure": None, "why": _line(str(error)), "scores": [], "notes": []}
+    found = performance_profiles(studied.times, {})
+    return {
+        "figure": _figure("profiles", charts.profiles_chart(found), data),
+        "why": None,
+        "scores": [
+            (clean(name, longest=40), f"{found.scores[name]:.4f}") for name in charts.by_score(found.scores)
+        ],
+        "notes": [clean(note, longest=LONGEST_LINE) for note in studied.notes],
+    }
+
+
 def _track(
-    report: TrackReport, index: int, data: dict[str, Any], states: Mapping[str, str]
+    table: Table, index: int, summary: str, data: dict[str, Any], states: Mapping[str, tuple[str, str]]
 ) -> dict[str, Any]:
     """What the template shows of a track; what its script reads goes into `data`."""
-    table, track = report.table, report.table.track
+    track = table.track
     machines = list(dict.fromkeys(row.hardware for row in table.rows))
     best = next((row for row in table.rows if row.counts), None)
     return {
         "key": f"t{index}",
         "name": clean(track.name),
-        "summary": clean(report.summary, longest=200),
+        "summary": clean(summary, longest=200),
         "target": f"{track.target_val_loss:g}",
         "scored_in": track.scored_in,
         "rule": clean(rule_line(table), longest=LONGEST_LINE),
@@ -125,7 +143,7 @@ def _track(
         "empty": _line(empty_line(table)),
         "best": _best(best, track.scored_in) if best else None,
         "n_rows": len(table.rows),
-        "n_runs": sum(map(len, report.runs)),
+        "n_runs": sum(map(len, table.runs)),
         "machines": [
             (chr(ord("A") + place) if place < 26 else str(place + 1), clean(name))
             for place, name in enumerate(machines)
@@ -137,11 +155,11 @@ def _track(
             clean(f"{one.path}: {one.why}", longest=LONGEST_LINE) for one in table.skipped[:SHOWN_SKIPS]
         ],
         "n_skipped": len(table.skipped),
-        "curves": _figure(f"curves-{index}", charts.curves_chart(track, table.rows, report.runs), data),
-        "history": _figure(f"history-{index}", charts.history_chart(track, table.rows, report.runs), data),
+        "curves": _figure(f"curves-{index}", charts.curves_chart(track, table.rows, table.runs), data),
+        "history": _figure(f"history-{index}", charts.history_chart(track, table.rows, table.runs), data),
         "groups": [
             _group(row, group, place, table, data, states)
-            for place, (row, group) in enumerate(zip(table.rows, report.runs))
+            for place, (row, group) in enumerate(zip(table.rows, table.runs))
         ],
     }
 
@@ -268,7 +286,7 @@ def _group(
     place: int,
     table: Table,
     data: dict[str, Any],
-    states: Mapping[str, str],
+    states: Mapping[str, tuple[str, str]],
 ) -> dict[str, Any]:
     """A row's cards: what stands on each, and in `data` what opening it shows."""
     return {
@@ -278,18 +296,20 @@ def _group(
         "mark": _mark(place),
         "place": place,
         "cards": [
-            _card(record, place, table.track.target_val_loss, data, clean(states.get(record.id, CLAIMED)))
-            for record in group
+            _card(record, place, table.track.target_val_loss, data, states.get(record.id, CLAIMED))
+            for record in sorted(group, key=lambda record: (record.seed, record.created, record.id))
         ],
     }
 
 
-def _card(record: Record, place: int, target: float, data: dict[str, Any], state: str) -> dict[str, Any]:
+def _card(
+    record: Record, place: int, target: float, data: dict[str, Any], state: tuple[str, str]
+) -> dict[str, Any]:
     line = charts.run_line(record, place)
     configs = data["configs"]
     data["runs"].append(
         {
-            "facts": [[title, [list(fact) for fact in facts]] for title, facts in _facts(record, state)],
+            "facts": [[title, [list(fact) for fact in facts]] for title, facts in _facts(record, state[1])],
             "config": configs.setdefault(_config_text(record), len(configs)),
             "chart": line
             and {
@@ -306,13 +326,11 @@ def _card(record: Record, place: int, target: float, data: dict[str, Any], state
         "run": len(data["runs"]) - 1,
         "id": f"{record.track}/{record.id}",
         "seed": record.seed,
-        "loss": f"{record.final_val_loss:.4f}"
-        if record.final_val_loss < 1e6
-        else f"{record.final_val_loss:.3g}",
+        "loss": f"{record.final_val_loss:{'.4f' if record.final_val_loss < 1e6 else '.3g'}}",
         "seconds": _seconds(record.clock["train_seconds"]),
         "at_target": record.final_val_loss <= target,
         "created": _minute(record.created),
-        "state": state,
+        "state": clean(state[0]),
     }
 
 

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from nanorun.records import scales
+from nanorun.records.profiles import TAUS, Profiles
 from nanorun.records.record import Record, ValidationPoint
 from nanorun.records.report import Row, TrackView, clean, final_losses, is_full
 from nanorun.records.significance import judge, mean
@@ -176,35 +178,37 @@ def history_chart(track: TrackView, rows: Sequence[Row], runs: Sequence[Sequence
     )
 
 
-def profiles_chart(profiles: Mapping[str, Sequence[tuple[float, float]]]) -> Chart | None:
-    """AlgoPerf's performance profiles: for each submission the share of workloads within τ of the best."""
+def profiles_chart(profiles: Profiles) -> Chart:
+    """AlgoPerf's performance profiles: for each preset the share of tracks within τ of the best, best score first."""
+    names = by_score(profiles.scores)
     lines = [
-        Line(
-            clean(name, longest=40),
-            index,
-            {"tau": [p[0] for p in points]},
-            [p[1] for p in points],
-            mode="steps",
-        )
-        for index, (name, points) in enumerate(profiles.items())
-        if points
+        Line(clean(name, longest=40), index, {"tau": TAUS}, profiles.fractions[name], mode="steps")
+        for index, name in enumerate(names)
     ]
-    if not lines:
-        return None
-    low, high = lines[0].x["tau"][0], lines[0].x["tau"][-1]
-    x_axis = Axis(low, high, _nice_ticks(low, high, 7))
+    low, high = TAUS[0], TAUS[-1]
     told = "; ".join(
-        f"{line.name}: {line.y[0]:.0%} at {low:g}, {line.y[-1]:.0%} at {high:g}" for line in lines
+        f"{line.name}: {line.y[0]:.0%} at {low:g}, {line.y[-1]:.0%} at {high:g}, score {profiles.scores[name]:.4f}"
+        for line, name in zip(lines, names)
     )
     return Chart(
         kind="profiles",
         title="Performance profiles",
-        alternative=f"Share of tracks within τ times the best submission's time. {told}.",
+        alternative=f"Share of tracks within τ times the best preset's time. {told}.",
         x_names={"tau": "τ: time over the best time"},
         y_name="share of tracks",
-        views={"tau.near": (x_axis, Axis(0.0, 1.04, tuple((n / 4, f"{n / 4:.0%}") for n in range(5))))},
+        views={
+            "tau.near": (
+                Axis(low, high, _round_ticks(low, high, 7)),
+                Axis(0.0, 1.04, tuple((quarter / 4, f"{quarter / 4:.0%}") for quarter in range(5))),
+            )
+        },
         lines=tuple(lines),
     )
+
+
+def by_score(scores: Mapping[str, float]) -> list[str]:
+    """The names of some scores, the best first."""
+    return sorted(scores, key=lambda name: (-scores[name], name))
 
 
 def first_counted(runs: Sequence[Record], track: TrackView) -> float | None:
@@ -375,26 +379,12 @@ def _linear_axis(low: float, high: float, count: int, pad: float = 0.06, floor: 
     room = (abs(high) * 0.05 if abs(high) > 1e-3 else 1.0) if alike else (high - low) * pad
     start = low - room if floor is None or low > floor else low
     start = start if floor is None else max(floor, start)
-    return Axis(start, high + room, _nice_ticks(start, high + room, count))
+    return Axis(start, high + room, _round_ticks(start, high + room, count))
 
 
-def _nice_ticks(low: float, high: float, count: int) -> Ticks:
-    """Multiples of 1, 2 or 5 times a power of ten within a range, `count` of them or a few fewer."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    values = [index * step for index in range(first, min(last, first + 2 * count) + 1)]
-    return tuple(zip(values, _tick_labels(values, step)))
-
-
-def _tick_labels(values: Sequence[float], step: float) -> list[str]:
-    """The values with as many digits as tell them apart, in thousands, millions … where they are large."""
-    largest = max(map(abs, values), default=0.0)
-    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-    unit, letter = next((one for one in units if largest >= one[0] * 10 and step >= one[0] / 100), (1.0, ""))
-    digits = min(12, max(0, -math.floor(math.log10(step / unit) + 1e-9)))
-    return [f"{value / unit:.{digits}f}{letter}" if value else "0" for value in values]
+def _round_ticks(low: float, high: float, count: int) -> Ticks:
+    ticks = scales.Axis(low, high).ticks(count)
+    return tuple(zip(ticks, scales.tick_labels(ticks)))
 
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400

@@ -117,6 +117,8 @@ class Table:
     skipped: tuple[Skipped, ...]
     filtered_out: int
     """Records of this track that `hardware` and `since` left out."""
+    runs: tuple[tuple[Record, ...], ...] = ()
+    """What each row is made of, oldest first."""
 
 
 def build_table(
@@ -132,18 +134,6 @@ def build_table(
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
     """
-    return table_with_runs(track, records, hardware=hardware, since=since, skipped=skipped)[0]
-
-
-def table_with_runs(
-    track: TrackView,
-    records: Iterable[Record],
-    *,
-    hardware: str | None = None,
-    since: str | None = None,
-    skipped: Iterable[Skipped] = (),
-) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
-    """Return what `build_table` does, and for each of its rows the runs it is made of, oldest first."""
     start = _moment(since)
     of_track = [record for record in records if record.track == track.name]
     kept = [
@@ -157,8 +147,8 @@ def table_with_runs(
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
-    table = Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
-    return table, tuple(tuple(group) for _, group in pairs)
+    runs = tuple(tuple(group) for _, group in pairs)
+    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept), runs)
 
 
 def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row, list[Record]]]:

@@ -13,9 +13,9 @@ from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
     Table,
     TrackView,
+    build_table,
     next_command,
     print_terminal,
-    table_with_runs,
     to_csv,
     to_dict,
     to_markdown,
@@ -34,8 +34,7 @@ def report_text(
     held = {record.track for record in records} | {one.path.parent.name for one in skipped}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
-    with_runs = [_table(name, records, skipped, since, hardware) for name in names]
-    tables = [table for table, _ in with_runs]
+    tables = [_table(name, records, skipped, since, hardware) for name in names]
     for name in sorted(held - set(known)) if track is None else []:
         _aside(f"{root / name} holds records of a track that is not here: add ./configs/{name}/track.toml")
     if form == "json":
@@ -43,15 +42,7 @@ def report_text(
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     if form == "html":
-        from nanorun.records.page import TrackReport, render_page
-
-        # The page begins with what has a result.
-        with_runs.sort(
-            key=lambda one: (not any(row.counts for row in one[0].rows), one[0].track.name != DEFAULT_TRACK)
-        )
-        return render_page(
-            [TrackReport(table, runs, load_track(table.track.name).summary) for table, runs in with_runs]
-        )
+        return _page(tables)
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
@@ -72,6 +63,18 @@ def report_text(
     return captured.get()
 
 
+def _page(tables: list[Table]) -> str:
+    """The HTML page of some tables: first those with a result, the default track before others."""
+    from nanorun.records.page import render_page
+
+    order = sorted(
+        tables, key=lambda one: (not any(row.counts for row in one.rows), one.track.name != DEFAULT_TRACK)
+    )
+    return render_page(
+        order, summaries={one.track.name: load_track(one.track.name).summary for one in tables}
+    )
+
+
 def _aside(line: str) -> None:
     """Say what the form itself has no place for."""
     print(printable(line), file=sys.stderr)
@@ -79,9 +82,8 @@ def _aside(line: str) -> None:
 
 def _table(
     name: str, records: list[Record], skipped: list[Skipped], since: str | None, hardware: str | None
-) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
-    """The table of a track, and the runs of each of its rows."""
+) -> Table:
     of_track = [one for one in skipped if one.path.parent.name == name]
-    return table_with_runs(
+    return build_table(
         TrackView.of(load_track(name)), records, hardware=hardware, since=since, skipped=of_track
     )
