@@ -41,7 +41,7 @@ LONGEST_LINE = 600
 """Characters of a note."""
 LONGEST_CONFIG = 4000
 """Characters of a config in a card; the whole one lies beside the record."""
-CLAIMED = ("claimed", "claimed: nobody has said that they made it again")
+CLAIMED = ("claimed", "claimed, not made again yet")
 TEXT_COLUMNS = ("name", "optimizer", "date", "counts", "hw")
 
 

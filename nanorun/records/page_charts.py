@@ -319,7 +319,7 @@ def _loss_views(
             default=0.0,
         )
         views[f"{key}.near"] = (
-            _linear_axis(0.0 if first < 0.3 * last else first, last, x_ticks, pad=0.02, floor=0.0),
+            _linear_axis(0.0 if first < 0.2 * last else first, last, x_ticks, pad=0.02, floor=0.0),
             _linear_axis(lowest, ceiling, ticks, floor=0.0),
         )
         views[f"{key}.whole"] = (
