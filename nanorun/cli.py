@@ -252,6 +252,70 @@ def score(
     _hand_over(text, out)
 
 
+@app.command(
+    epilog="Example: nanorun reproduce 2026-11-25-muon-0708d573. Exit codes: 0 agrees, 1 disagrees or failed, "
+    "2 refused, 75 stopped."
+)
+def reproduce(
+    record: Annotated[str, typer.Argument(help="A record's folder, or its id.")],
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code",
+            help="Run the patch or the optimizer from outside that the record holds, in a checkout of its commit. "
+            "It is shown first. It runs with your rights.",
+        ),
+    ] = False,
+    at_commit: Annotated[
+        bool, typer.Option("--at-commit", help="Run the record's commit, not the code that is here.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the record's.")] = None,
+    by: Annotated[str | None, typer.Option(help="Your name; git's user.name without it.")] = None,
+    data: DataDir = Path("data"),
+    records: RecordsDir = Path("records"),
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto (the record's kind), cpu, cuda or cuda:N.")] = "auto",
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a reproduction that was stopped: its folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what differs, and run nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a record again on this machine, and write beside it whether it agrees.
+
+    The loss has to be the same to the bit, or within a tolerance that is said; the seconds are judged on like
+    hardware, software and code, on a quiet machine. A record is claimed until somebody reproduces or contests it.
+    """
+    from nanorun.training.reproduce import Request
+    from nanorun.training.reproduce import reproduce as run_again
+
+    request = Request(record, records, data, runs, device, seed, by, trust_code, at_commit, dry_run, resume)
+    try:
+        result = run_again(request, _console(as_json))
+    except RunFailed as error:
+        _print_json(error.result, as_json and error.result is not None)
+        raise
+    _print_json(result, as_json)
+
+
+@app.command(epilog='Example: nanorun contest 2026-11-25-muon-0708d573 --reason "validated on training text"')
+def contest(
+    record: Annotated[str, typer.Argument(help="A record's folder, or its id.")],
+    reason: Annotated[str, typer.Option(help="What is wrong with it, so that others can check.")],
+    by: Annotated[str | None, typer.Option(help="Your name; git's user.name without it.")] = None,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Write an objection beside a record, which is contested then; removing the file withdraws it."""
+    from nanorun.errors import printable
+    from nanorun.records.states import contest as object_to
+
+    result = object_to(record, records=records, reason=reason, by=by)
+    _print_json(result, as_json)
+    if not as_json:
+        typer.echo(printable(f"{result['says']}\nwritten: {result['file']}"))
+
+
 @app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
 def sample(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],

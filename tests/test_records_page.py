@@ -19,6 +19,7 @@ from nanorun.records.record import Record, write_record
 from nanorun.records.report import TrackView, build_table
 from nanorun.records.show import report_text
 from nanorun.records.significance import Rule
+from nanorun.records.states import contest
 
 SOTU = TrackView("sotu", TARGET, "seconds", Rule("t", n=3, alpha=0.05))
 VOID = {"meta", "link", "input", "br", "path", "rect", "circle"}
@@ -323,6 +324,26 @@ def test_a_card_holds_config_hardware_clock_and_curve():
     assert line["y"][-1] == pytest.approx(1.542)
 
 
+def test_a_contested_record_says_so_on_its_card(tmp_path):
+    from rich.console import Console
+
+    for record in two_rows():
+        write_record(tmp_path, record, config_toml="", source_patch=None)
+    contest(two_rows()[0].id, records=tmp_path, reason="it saw <b>the</b> answers", by="Eve")
+    text = report_text(tmp_path, track=None, form="html", since=None, hardware=None, console=Console())
+    outline = Outline(text)
+    states = [
+        body for attributes, body in outline.all("span") if attributes.get("class", "").startswith("state ")
+    ]
+    assert sorted(states) == ["claimed"] * 5 + ["contested"]
+    (place,) = [
+        int(a["data-run"]) for a, body in outline.all("details", class_="card") if "contested" in body
+    ]
+    facts = dict(outline.data()["runs"][place]["facts"][0][1])
+    assert facts["state"].startswith("contested by Eve")
+    assert "it saw <b>the</b> answers" in facts["state"]
+
+
 def test_a_curve_is_the_mean_over_seeds_with_their_range():
     (point, *_, last) = charts.mean_curve(seeds())
     assert (point.step, point.low, point.high) == (0, 5.5, 5.5)
@@ -509,7 +530,7 @@ def test_every_colour_of_text_has_the_contrast_of_aa_and_every_line_three_to_one
     colors = {name: pair.split(", ") for name, pair in found.items()}
     assert {"paper", "raised", "ink", "muted", "accent", "good", "c0", "c7"} <= colors.keys()
     for theme in (0, 1):
-        for name in ("ink", "muted", "accent", "good"):
+        for name in ("ink", "muted", "accent", "good", "c4"):
             for ground in ("paper", "raised"):
                 assert _contrast(colors[name][theme], colors[ground][theme]) >= 4.5, (name, ground, theme)
         for name in ("control", *(f"c{place}" for place in range(charts.N_COLORS))):

@@ -363,7 +363,7 @@ def _facts(record: Record, state: str) -> Iterator[tuple[str, list[tuple[str, st
         ("Machine", _machine_facts(record)),
         ("Data and code", _origin_facts(record)),
     ):
-        yield title, [(clean(name, longest=40), clean(value, longest=200)) for name, value in facts]
+        yield title, [(clean(name, longest=40), clean(value, longest=400)) for name, value in facts]
 
 
 def _result_facts(record: Record, state: str) -> list[tuple[str, str]]:

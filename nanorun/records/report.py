@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nanorun.errors import UserError
 from nanorun.records.record import Record, Skipped
 from nanorun.records.significance import Rule, Verdict, compare_seconds, judge, mean, std
+from nanorun.records.states import State
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,10 @@ class Row:
     """The seconds of each seed, in order of the seeds."""
     next_seed: int
     """One more than the largest seed that ran."""
+    reproduced: int = 0
+    """Records of the row that somebody made again, and found to agree."""
+    contested: int = 0
+    """Records of the row that somebody found not to agree, or objected to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +133,11 @@ def build_table(
     hardware: str | None = None,
     since: str | None = None,
     skipped: Iterable[Skipped] = (),
+    states: Mapping[str, State] | None = None,
 ) -> Table:
     """Return the table of a track's records; records of other tracks are passed over.
+
+    `states` are those of the records that are more than claimed, by their ids.
 
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
@@ -142,8 +150,10 @@ def build_table(
         if (hardware is None or hardware.lower() in record.hardware.label.lower())
         and (start is None or datetime.datetime.fromisoformat(record.created) >= start)
     ]
-    pairs = ranked_groups(track, kept)
+    states = states or {}
+    pairs = [(_with_states(row, group, states), group) for row, group in ranked_groups(track, kept)]
     notes = [note for row, group in pairs for note in _notes(row, group, track)]
+    notes += [note for row, group in pairs for note in _state_notes(row, group, states)]
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
@@ -155,7 +165,7 @@ def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row
     """Return the rows of a track, best first, each with the records that it sums up, oldest first."""
     of_track = [record for record in records if record.track == track.name]
     usual = _usual_measurement(of_track)
-    pairs = [(_summarized(group, track, usual), group) for group in _groups(of_track)]
+    pairs = [(_summarized(group, track, usual), group) for group in row_groups(of_track)]
     pairs.sort(key=lambda pair: _order(pair[0], track.scored_in))
     return _told_apart(pairs)
 
@@ -173,7 +183,7 @@ def _moment(since: str | None) -> datetime.datetime | None:
     return start if start.tzinfo else start.replace(tzinfo=datetime.UTC)
 
 
-def _groups(records: Iterable[Record]) -> list[list[Record]]:
+def row_groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records that may be averaged with one another, oldest first in each group."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.created, record.id)):
@@ -388,6 +398,24 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
             yield f"{row.name}: averages runs of {kinds} {what}"
     if not row.counts:
         yield f"{row.name} does not count: {row.why}"
+
+
+def _with_states(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Row:
+    names = [states[record.id].name for record in group if record.id in states]
+    return dataclasses.replace(row, reproduced=names.count("reproduced"), contested=names.count("contested"))
+
+
+def _state_notes(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Iterator[str]:
+    """How many of the row's records are more than claimed, with the newest word on one; and broken files."""
+    found = [(record, states[record.id]) for record in group if record.id in states]
+    for name, count in (("contested", row.contested), ("reproduced", row.reproduced)):
+        if count:
+            record, state = [pair for pair in found if pair[1].name == name][-1]
+            of = f"{count} of {row.runs} record{_s(row.runs)} {name}"
+            yield f"{row.name}: {of}; {record.id}: {state.describe()}"
+    for record, state in found:
+        for path, why in state.broken[:SHOWN_SKIPS]:
+            yield f"{row.name}: {record.id}/{path.parent.name}/{path.name} is passed over: {why}"
 
 
 def _mixtures(group: Sequence[Record]) -> Iterator[tuple[str, int]]:
