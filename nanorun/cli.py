@@ -158,7 +158,8 @@ def _is_given(context: typer.Context, key: str) -> bool:
 def report(
     track: Annotated[str | None, typer.Option(help="One track; all that have records without it.")] = None,
     format: Annotated[
-        Literal["table", "markdown", "csv", "json"], typer.Option(help="How to print it.")
+        Literal["table", "markdown", "csv", "json", "html"],
+        typer.Option(help="How to print it; html: one page with charts that needs no network."),
     ] = "table",
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     records: RecordsDir = Path("records"),
@@ -175,12 +176,144 @@ def report(
     text = report_text(
         records, track=track, form=form, since=since, hardware=hardware, console=_console(False)
     )
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        from nanorun.files import write_whole
+    _hand_over(text, out)
 
-        write_whole(out, text, mend="choose another --out")
+
+@app.command(
+    epilog="Example: nanorun score times.csv --held-out fastmri_tanh=fastmri --format svg --out profiles.svg"
+)
+def score(
+    times: Annotated[
+        Path | None,
+        typer.Argument(
+            help="CSV with the columns submission, workload, seconds (empty: target not reached); - for stdin. A "
+            "row is a study, or a trial of one where a column study says so; a column budget holds the workload's "
+            "runtime in seconds."
+        ),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--held-out",
+            help="VARIANT=BASE, repeatable: who misses the variant loses the base workload.",
+        ),
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead of a file: score our own records of this track, repeatable. Presets are the submissions, "
+            "tracks the workloads, and a seed's first crossing is a study."
+        ),
+    ] = None,
+    ruleset: Annotated[
+        Literal["external", "self"],
+        typer.Option(
+            help="How the times were tuned. AlgoPerf itself asks 5 studies of 5 trials on each workload, of which the "
+            "fastest counts (external); self-tuning takes one trial a study and three times the runtime budget. "
+            "Here the studies are those in the file; of trials of one study, external takes the fastest and self "
+            "refuses the second; a time above budget, or above three times it for self, is a miss."
+        ),
+    ] = "external",
+    format: Annotated[
+        Literal["table", "markdown", "csv", "json", "svg"], typer.Option(help="How to print it.")
+    ] = "table",
+    plot: Annotated[
+        Literal["profiles", "tau-max"],
+        typer.Option(help="The curves: performance profiles, or the score against where they end."),
+    ] = "profiles",
+    curves: Annotated[
+        bool | None,
+        typer.Option(
+            "--curves/--no-curves", help="Small curves under the table; by default on a terminal alone."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
+    records: RecordsDir = Path("records"),
+    hardware: Annotated[
+        str | None, typer.Option(help="With --track: only machines whose name contains this.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score training algorithms over several workloads, as the AlgoPerf benchmark does."""
+    from nanorun.records.show_score import score_text
+
+    text = score_text(
+        times,
+        tracks=track or [],
+        held_out=held_out or [],
+        ruleset=ruleset,
+        form="json" if as_json else format,
+        plot=plot,
+        records=records,
+        hardware=hardware,
+        curves=curves,
+        console=_console(False),
+    )
+    _hand_over(text, out)
+
+
+@app.command(
+    epilog="Example: nanorun reproduce 2026-11-25-muon-0708d573. Exit codes: 0 agrees, 1 disagrees or failed, "
+    "2 refused, 75 stopped."
+)
+def reproduce(
+    record: Annotated[str, typer.Argument(help="A record's folder, or its id.")],
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code",
+            help="Run the patch or the optimizer from outside that the record holds, in a checkout of its commit. "
+            "It is shown first. It runs with your rights.",
+        ),
+    ] = False,
+    at_commit: Annotated[
+        bool, typer.Option("--at-commit", help="Run the record's commit, not the code that is here.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the record's.")] = None,
+    by: Annotated[str | None, typer.Option(help="Your name; git's user.name without it.")] = None,
+    data: DataDir = Path("data"),
+    records: RecordsDir = Path("records"),
+    runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto (the record's kind), cpu, cuda or cuda:N.")] = "auto",
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a reproduction that was stopped: its folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what differs, and run nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a record again on this machine, and write beside it whether it agrees.
+
+    The loss has to be the same to the bit, or within a tolerance that is said; the seconds are judged on like
+    hardware, software and code, on a quiet machine. A record is claimed until somebody reproduces or contests it.
+    """
+    from nanorun.training.reproduce import Request
+    from nanorun.training.reproduce import reproduce as run_again
+
+    request = Request(record, records, data, runs, device, seed, by, trust_code, at_commit, dry_run, resume)
+    try:
+        result = run_again(request, _console(as_json))
+    except RunFailed as error:
+        _print_json(error.result, as_json and error.result is not None)
+        raise
+    _print_json(result, as_json)
+
+
+@app.command(epilog='Example: nanorun contest 2026-11-25-muon-0708d573 --reason "validated on training text"')
+def contest(
+    record: Annotated[str, typer.Argument(help="A record's folder, or its id.")],
+    reason: Annotated[str, typer.Option(help="What is wrong with it, so that others can check.")],
+    by: Annotated[str | None, typer.Option(help="Your name; git's user.name without it.")] = None,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Write an objection beside a record, which is contested then; removing the file withdraws it."""
+    from nanorun.errors import printable
+    from nanorun.records.states import contest as object_to
+
+    result = object_to(record, records=records, reason=reason, by=by)
+    _print_json(result, as_json)
+    if not as_json:
+        typer.echo(printable(f"{result['says']}\nwritten: {result['file']}"))
 
 
 @app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
@@ -253,6 +386,16 @@ def _end(text: str, code: int) -> None:
 
     print(f"nanorun: {printable(text)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _hand_over(text: str, out: Path | None) -> None:
+    """Print `text`, or write it to a file where one was named."""
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        from nanorun.files import write_whole
+
+        write_whole(out, text, mend="choose another --out")
 
 
 def _console(as_json: bool) -> Console:

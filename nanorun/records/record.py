@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 MAX_BYTES = 100_000
 """A record.json is smaller than this, written or read."""
 
-_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
+RECORD_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
 _CLOCK_KEYS = tuple(f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total"))
 _DEEPEST_CONFIG = 16
@@ -178,8 +178,8 @@ class Record:
 
         Raises RecordError.
         """
-        _check_version(content)
-        record: Record = _read(cls, content)
+        check_version(content)
+        record: Record = read_fields(cls, content)
         _check_sense(record)
         return record
 
@@ -245,7 +245,7 @@ def write_record(root: Path, record: Record, *, config_toml: str, source_patch: 
 
 def read_record(folder: Path) -> Record:
     """Return the record in `folder`, which must bear its id and lie under its track. Raises RecordError."""
-    record = Record.from_dict(_load(folder / "record.json"))
+    record = Record.from_dict(load_json(folder / "record.json"))
     if record.id != folder.name:
         raise RecordError(
             f"is {_shown(record.id)} in a folder named {_shown(folder.name)}; they must agree", "id"
@@ -289,43 +289,44 @@ def _folders(parent: Path) -> list[Path]:
     return [parent / name for name in names]
 
 
-def _load(path: Path) -> object:
+def load_json(path: Path) -> object:
     """The JSON in `path`; a pipe, a giant or nonsense is an error, never a hang or a traceback."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise RecordError("is not a regular file", "record.json")
+            raise RecordError("is not a regular file")
         if found.st_size >= MAX_BYTES:
-            raise RecordError(f"has {found.st_size:,} bytes; wanted fewer than {MAX_BYTES:,}", "record.json")
+            raise RecordError(f"has {found.st_size:,} bytes; wanted fewer than {MAX_BYTES:,}")
         with open(path, "rb") as file:
             return _DECODER.decode(file.read(MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
-        raise RecordError("is missing", "record.json") from None
+        why = "is missing"
     except OSError as error:
-        raise RecordError(f"cannot be read: {error.strerror}", "record.json") from error
+        why = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        raise RecordError(f"is not UTF-8 at byte {error.start}", "record.json") from None
+        why = f"is not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        raise RecordError(f"is not whole JSON: {error}", "record.json") from None
+        why = f"is not whole JSON: {error}"
     except RecursionError:
-        raise RecordError("is nested too deeply", "record.json") from None
-    except RecordError:
-        raise
+        why = "is nested too deeply"
+    except RecordError as error:
+        why = error.why
     except ValueError as error:
-        raise RecordError(f"cannot be read: {error}", "record.json") from None
+        why = f"cannot be read: {error}"
+    raise RecordError(why, path.name)
 
 
 def _refuse_constant(name: str) -> float:
-    raise RecordError(f"holds {name}, which is no JSON number", "record.json")
+    raise RecordError(f"holds {name}, which is no JSON number")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _check_version(content: object) -> None:
-    """Before all else, because another version may differ in anything."""
+def check_version(content: object, what: str = "the record") -> None:
+    """Raise RecordError for another version; asked before all else, because it may differ in anything."""
     if not isinstance(content, dict):
-        raise RecordError(f"is {_shown(content)}; wanted an object", "the record")
+        raise RecordError(f"is {_shown(content)}; wanted an object", what)
     if "format_version" not in content:
         raise RecordError("is missing", "format_version")
     version = content["format_version"]
@@ -363,13 +364,13 @@ def _check_sense(record: Record) -> None:
 
 def _check_words(record: Record) -> None:
     """Raise RecordError for a text that is not of its form; ids and tracks become paths."""
-    if not _ID.fullmatch(record.id):
+    if not RECORD_ID.fullmatch(record.id):
         raise RecordError(f"is {_shown(record.id)}; wanted the form 2026-11-24-muon-1a2b3c4d", "id")
     if not is_track_name(record.track):
         raise RecordError(f"is {_shown(record.track)}; wanted a track's name", "track")
     if not record.name.strip():
         raise RecordError("is empty; wanted the preset's name", "name")
-    if not _is_utc_time(record.created):
+    if not is_utc_time(record.created):
         raise RecordError(f"is {_shown(record.created)}; wanted UTC such as 2026-11-24T12:30:00Z", "created")
     if record.hardware.device not in ("cpu", "cuda"):
         raise RecordError(f"is {_shown(record.hardware.device)}; wanted cpu or cuda", "hardware.device")
@@ -377,7 +378,7 @@ def _check_words(record: Record) -> None:
         raise RecordError(f"is {_shown(record.code.patch)}; wanted null or source.patch", "code.patch")
 
 
-def _is_utc_time(text: str) -> bool:
+def is_utc_time(text: str) -> bool:
     import datetime
 
     if not _CREATED.fullmatch(text):
@@ -389,7 +390,7 @@ def _is_utc_time(text: str) -> bool:
     return True
 
 
-def _read(cls: Any, value: object) -> Any:
+def read_fields(cls: Any, value: object) -> Any:
     """Return a `cls` made of the JSON object `value`, each field checked by its annotation."""
     if not isinstance(value, dict):
         raise RecordError(f"is {_shown(value)}; wanted an object")
@@ -430,13 +431,14 @@ def _check_for(hint: Any) -> Callable[[Any], Any]:
         dict[str, Any]: _config,
         dict[str, float]: _clock,
         tuple[ValidationPoint, ...]: _curve,
+        tuple[str, ...]: _texts,
     }
     if hint in simple:
         return simple[hint]
     if get_origin(hint) is types.UnionType:
         inner = _check_for(get_args(hint)[0])
         return lambda value: None if value is None else inner(value)
-    return partial(_read, hint)
+    return partial(read_fields, hint)
 
 
 def _shown(value: object) -> str:
@@ -474,6 +476,12 @@ def _text(value: object) -> str:
         except UnicodeEncodeError:
             raise RecordError(f"is {_shown(value)}, which holds half a character") from None
     return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise RecordError(f"is {_shown(value)}; wanted a list of texts")
+    return tuple(map(_text, value))
 
 
 def _config(value: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nanorun.errors import UserError
 from nanorun.records.record import Record, Skipped
 from nanorun.records.significance import Rule, Verdict, compare_seconds, judge, mean, std
+from nanorun.records.states import State
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,10 @@ class Row:
     """The seconds of each seed, in order of the seeds."""
     next_seed: int
     """One more than the largest seed that ran."""
+    reproduced: int = 0
+    """Records of the row that somebody made again, and found to agree."""
+    contested: int = 0
+    """Records of the row that somebody found not to agree, or objected to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,8 @@ class Table:
     skipped: tuple[Skipped, ...]
     filtered_out: int
     """Records of this track that `hardware` and `since` left out."""
+    runs: tuple[tuple[Record, ...], ...] = ()
+    """What each row is made of, oldest first."""
 
 
 def build_table(
@@ -126,8 +133,11 @@ def build_table(
     hardware: str | None = None,
     since: str | None = None,
     skipped: Iterable[Skipped] = (),
+    states: Mapping[str, State] | None = None,
 ) -> Table:
     """Return the table of a track's records; records of other tracks are passed over.
+
+    `states` are those of the records that are more than claimed, by their ids.
 
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
@@ -140,15 +150,24 @@ def build_table(
         if (hardware is None or hardware.lower() in record.hardware.label.lower())
         and (start is None or datetime.datetime.fromisoformat(record.created) >= start)
     ]
-    usual = _usual_measurement(kept)
-    pairs = [(_summarized(group, track, usual), group) for group in _groups(kept)]
-    pairs.sort(key=lambda pair: _order(pair[0], track.scored_in))
-    pairs = _told_apart(pairs)
+    states = states or {}
+    pairs = [(_with_states(row, group, states), group) for row, group in ranked_groups(track, kept)]
     notes = [note for row, group in pairs for note in _notes(row, group, track)]
+    notes += [note for row, group in pairs for note in _state_notes(row, group, states)]
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
-    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    runs = tuple(tuple(group) for _, group in pairs)
+    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept), runs)
+
+
+def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row, list[Record]]]:
+    """Return the rows of a track, best first, each with the records that it sums up, oldest first."""
+    of_track = [record for record in records if record.track == track.name]
+    usual = _usual_measurement(of_track)
+    pairs = [(_summarized(group, track, usual), group) for group in row_groups(of_track)]
+    pairs.sort(key=lambda pair: _order(pair[0], track.scored_in))
+    return _told_apart(pairs)
 
 
 def _moment(since: str | None) -> datetime.datetime | None:
@@ -164,7 +183,7 @@ def _moment(since: str | None) -> datetime.datetime | None:
     return start if start.tzinfo else start.replace(tzinfo=datetime.UTC)
 
 
-def _groups(records: Iterable[Record]) -> list[list[Record]]:
+def row_groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records that may be averaged with one another, oldest first in each group."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.created, record.id)):
@@ -213,9 +232,14 @@ def _usual_measurement(records: Sequence[Record]) -> tuple[str, int] | None:
     return max(counts, key=lambda kind: (counts[kind], latest[kind]), default=None)
 
 
-def _is_full(record: Record) -> bool:
+def is_full(record: Record) -> bool:
     """Whether the run's last loss is a fair sample at the declared last step."""
     return record.completed and not record.stop_at_target
+
+
+def final_losses(records: Iterable[Record]) -> list[float]:
+    """What a track's rule judges: the last loss of each seed's full runs, in order of the seeds."""
+    return _by_seed((record for record in records if is_full(record)), lambda record: record.final_val_loss)
 
 
 def _by_seed(records: Iterable[Record], value: Callable[[Record], float]) -> list[float]:
@@ -226,8 +250,8 @@ def _by_seed(records: Iterable[Record], value: Callable[[Record], float]) -> lis
     return [mean(values[seed]) for seed in sorted(values)]
 
 
-def _crossing(record: Record, target: float) -> tuple[int, float] | None:
-    """(step, seconds) of the first validation at or under the track's target."""
+def crossing_of(record: Record, target: float) -> tuple[int, float] | None:
+    """Return (step, seconds) of the first validation at or under the track's target."""
     if record.target_val_loss == target:
         return (record.reached.step, record.reached.seconds) if record.reached else None
     points = (point for point in record.validation if point.val_loss <= target)
@@ -237,10 +261,10 @@ def _crossing(record: Record, target: float) -> tuple[int, float] | None:
 def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int] | None) -> Row:
     """One group as a row, without its rank and with its preset's name."""
     target = track.target_val_loss
-    full = [record for record in group if _is_full(record)]
-    losses = _by_seed(full, lambda record: record.final_val_loss)
+    full = [record for record in group if is_full(record)]
+    losses = final_losses(group)
     seconds = _by_seed(full, lambda record: record.clock["train_seconds"])
-    crossings = {record.id: crossing for record in group if (crossing := _crossing(record, target))}
+    crossings = {record.id: crossing for record in group if (crossing := crossing_of(record, target))}
     crossed = [record for record in group if record.id in crossings]
     crossing_seconds = _by_seed(crossed, lambda record: crossings[record.id][1])
     best = min(min((p.val_loss for p in r.validation), default=r.final_val_loss) for r in group)
@@ -367,13 +391,31 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
         made_for = group[0].target_val_loss
         yield f"{row.name}: made for the target {made_for:g}, judged here by {track.target_val_loss:g}"
     first_seeds: dict[str, int] = {}
-    if any(first_seeds.setdefault(r.final_weights_sha256, r.seed) != r.seed for r in group if _is_full(r)):
+    if any(first_seeds.setdefault(r.final_weights_sha256, r.seed) != r.seed for r in group if is_full(r)):
         yield f"{row.name}: different seeds ended with the same weights, so they are no independent runs"
     for what, kinds in _mixtures(group):
         if kinds > 1:
             yield f"{row.name}: averages runs of {kinds} {what}"
     if not row.counts:
         yield f"{row.name} does not count: {row.why}"
+
+
+def _with_states(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Row:
+    names = [states[record.id].name for record in group if record.id in states]
+    return dataclasses.replace(row, reproduced=names.count("reproduced"), contested=names.count("contested"))
+
+
+def _state_notes(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Iterator[str]:
+    """How many of the row's records are more than claimed, with the newest word on one; and broken files."""
+    found = [(record, states[record.id]) for record in group if record.id in states]
+    for name, count in (("contested", row.contested), ("reproduced", row.reproduced)):
+        if count:
+            record, state = [pair for pair in found if pair[1].name == name][-1]
+            of = f"{count} of {row.runs} record{_s(row.runs)} {name}"
+            yield f"{row.name}: {of}; {record.id}: {state.describe()}"
+    for record, state in found:
+        for path, why in state.broken[:SHOWN_SKIPS]:
+            yield f"{row.name}: {record.id}/{path.parent.name}/{path.name} is passed over: {why}"
 
 
 def _mixtures(group: Sequence[Record]) -> Iterator[tuple[str, int]]:
@@ -557,11 +599,12 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in table.rows:
-        writer.writerow([_csv_cell(getattr(row, name)) for name in names])
+        writer.writerow([csv_cell(getattr(row, name)) for name in names])
     return out.getvalue()
 
 
-def _csv_cell(value: object) -> object:
+def csv_cell(value: object) -> object:
+    """Return what a CSV cell holds: nothing for None, and no formula."""
     if not isinstance(value, str):
         return "" if value is None else value
     text = clean(value, longest=None)
@@ -570,10 +613,10 @@ def _csv_cell(value: object) -> object:
 
 def to_markdown(table: Table) -> str:
     """The table as GitHub's Markdown, with the rule, the comparison and the notes under it."""
-    lines = [f"### {_markdown(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
+    lines = [f"### {markdown_text(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
     empty = empty_line(table)
     if empty:
-        lines += [_markdown(empty), ""]
+        lines += [markdown_text(empty), ""]
     else:
         titles = ["Rank", "Name", "Optimizer", "n", "Seconds", "First crossing", "Steps", "Tokens"]
         titles += ["Final loss", "p", "Counts", "Hardware", "Date"]
@@ -585,15 +628,15 @@ def to_markdown(table: Table) -> str:
             cells += [_count(row.steps_mean), _large(row.tokens_mean)]
             cells += [_spread(_loss(row.loss_mean), row.loss_std, _loss), _p(row.p_value)]
             cells += ["yes" if row.counts else "no", row.hardware, row.date]
-            lines.append(f"| {' | '.join(map(_markdown, cells))} |")
+            lines.append(f"| {' | '.join(map(markdown_text, cells))} |")
         lines.append("")
     for line in _lines_under(table):
-        lines.append(f"- {_markdown(line, longest=400)}")
+        lines.append(f"- {markdown_text(line, longest=400)}")
     return "\n".join(lines) + "\n"
 
 
-def _markdown(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Text that Markdown shows as it is, HTML and links included."""
+def markdown_text(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return text that Markdown shows as it is, HTML and links included."""
     return re.sub(r"([\\`*_\[\]|~<>&#!])", r"\\\1", clean(text, longest=longest))
 
 
@@ -616,7 +659,7 @@ def print_terminal(table: Table, console: Console) -> None:
     from rich.text import Text
 
     def say(line: str, style: str = "", longest: int = 400) -> None:
-        console.print(Text(_encodable(clean(line, longest=longest), console.encoding), style=style))
+        console.print(Text(encodable(clean(line, longest=longest), console.encoding), style=style))
 
     say(f"{table.track.name}: validation loss {table.track.target_val_loss:g}", "bold")
     empty = empty_line(table)
@@ -644,7 +687,7 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
 
     grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     texts = {"name", "optimizer", "date"}
-    cells = [_cells(row, machines, narrow) for row in table.rows]
+    cells = [row_cells(row, machines, narrow) for row in table.rows]
     for title in cells[0]:
         grid.add_column(
             title.replace("_", " " if not narrow else "\n"),
@@ -653,11 +696,11 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
         )
     for row, values in zip(table.rows, cells):
         style = "" if row.counts else "dim"
-        grid.add_row(*(Text(_encodable(value, console.encoding)) for value in values.values()), style=style)
+        grid.add_row(*(Text(encodable(value, console.encoding)) for value in values.values()), style=style)
     return grid
 
 
-def _cells(row: Row, machines: Sequence[str], narrow: bool) -> dict[str, str]:
+def row_cells(row: Row, machines: Sequence[str], narrow: bool = False) -> dict[str, str]:
     """Title to text of one row; `_` in a title is where it may break."""
     joint = "\n" if narrow else " "
     name, optimizer = clean(row.name, longest=32), clean(row.optimizer, longest=32)
@@ -688,8 +731,8 @@ def clean(text: str, longest: int | None = LONGEST_TEXT) -> str:
     return shown if longest is None or len(shown) <= longest else shown[: longest - 3] + "..."
 
 
-def _encodable(text: str, encoding: str) -> str:
-    """Text that a terminal of this encoding can show."""
+def encodable(text: str, encoding: str) -> str:
+    """Return text that a terminal of this encoding can show."""
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):

@@ -20,6 +20,7 @@ from nanorun.records.report import (
     to_dict,
     to_markdown,
 )
+from nanorun.records.states import State, states_of
 from nanorun.tracks import DEFAULT_TRACK, load_track, preset_names, track_names
 
 
@@ -28,19 +29,22 @@ def report_text(
 ) -> str:
     """Return the report of one track, or of every track that has records under `root`.
 
-    `form` is `table` (for this console), `markdown`, `csv` or `json`.
+    `form` is `table` (for this console), `markdown`, `csv`, `json` or `html`.
     """
     records, skipped = read_records(root, track)
     held = {record.track for record in records} | {one.path.parent.name for one in skipped}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
-    tables = [_table(name, records, skipped, since, hardware) for name in names]
+    states = states_of(root, records)
+    tables = [_table(name, records, skipped, since, hardware, states) for name in names]
     for name in sorted(held - set(known)) if track is None else []:
         _aside(f"{root / name} holds records of a track that is not here: add ./configs/{name}/track.toml")
     if form == "json":
         documents = [to_dict(table) for table in tables]
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    if form == "html":
+        return _page(tables, states)
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
@@ -61,15 +65,39 @@ def report_text(
     return captured.get()
 
 
+def _page(tables: list[Table], states: dict[str, State]) -> str:
+    """The HTML page of some tables: first those with a result, the default track before others."""
+    from nanorun.records.page import render_page
+
+    order = sorted(
+        tables, key=lambda one: (not any(row.counts for row in one.rows), one.track.name != DEFAULT_TRACK)
+    )
+    return render_page(
+        order,
+        summaries={one.track.name: load_track(one.track.name).summary for one in tables},
+        states={record: (state.name, state.describe()) for record, state in states.items()},
+    )
+
+
 def _aside(line: str) -> None:
     """Say what the form itself has no place for."""
     print(printable(line), file=sys.stderr)
 
 
 def _table(
-    name: str, records: list[Record], skipped: list[Skipped], since: str | None, hardware: str | None
+    name: str,
+    records: list[Record],
+    skipped: list[Skipped],
+    since: str | None,
+    hardware: str | None,
+    states: dict[str, State],
 ) -> Table:
     of_track = [one for one in skipped if one.path.parent.name == name]
     return build_table(
-        TrackView.of(load_track(name)), records, hardware=hardware, since=since, skipped=of_track
+        TrackView.of(load_track(name)),
+        records,
+        hardware=hardware,
+        since=since,
+        skipped=of_track,
+        states=states,
     )

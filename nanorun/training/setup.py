@@ -52,6 +52,8 @@ class Options:
     """End the run at its first validation under the target; its record says so and does not count."""
     require_target: bool = False
     """Fail, with exit code 1, if the last validation is above the target."""
+    reproduces: str = ""
+    """Id of the record whose run this is once more; what it leaves is then no record of the track."""
 
 
 @dataclasses.dataclass
@@ -223,9 +225,9 @@ def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
 
 def _as_new_file(name: str, text: str) -> str:
     """Return the patch that makes `outside/<name>` with that text."""
-    if not text.endswith("\n"):
-        text += "\n"
-    lines = difflib.unified_diff([], text.splitlines(keepends=True), "/dev/null", f"b/outside/{name}")
+    # Not splitlines: it takes a form feed for the end of a line, and git does not.
+    source = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
+    lines = difflib.unified_diff([], source, "/dev/null", f"b/outside/{name}")
     return f"diff --git a/outside/{name} b/outside/{name}\nnew file mode 100644\n" + "".join(lines)
 
 

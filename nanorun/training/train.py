@@ -318,6 +318,8 @@ def _say_result(run: Run, result: dict[str, Any]) -> None:
         f"{clock['train_seconds']:.1f} s counted; {where} (validation {clock['validation_seconds']:.1f} s, "
         f"compile and warm-up {clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
     )
+    if run.options.reproduces:
+        return
     if result["record"]:
         records = run.options.records
         elsewhere = "" if records.resolve() == Options.records.resolve() else f" --records {records}"
