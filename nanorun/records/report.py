@@ -132,6 +132,18 @@ def build_table(
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
     """
+    return table_with_runs(track, records, hardware=hardware, since=since, skipped=skipped)[0]
+
+
+def table_with_runs(
+    track: TrackView,
+    records: Iterable[Record],
+    *,
+    hardware: str | None = None,
+    since: str | None = None,
+    skipped: Iterable[Skipped] = (),
+) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
+    """Return what `build_table` does, and for each of its rows the runs it is made of, oldest first."""
     start = _moment(since)
     of_track = [record for record in records if record.track == track.name]
     kept = [
@@ -148,7 +160,8 @@ def build_table(
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
-    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    table = Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    return table, tuple(tuple(group) for _, group in pairs)
 
 
 def _moment(since: str | None) -> datetime.datetime | None:
@@ -168,29 +181,33 @@ def _groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records that may be averaged with one another, oldest first in each group."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.created, record.id)):
-        key = json.dumps([record.name, record.optimizer, _identity(record)], sort_keys=True)
+        key = json.dumps([record.name, record.optimizer, identity(record)], sort_keys=True)
         groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 
-def _identity(record: Record) -> dict[str, Any]:
+def identity(record: Record) -> dict[str, Any]:
     """All that two runs of one row have in common, the name aside, under dotted names."""
-    config = {
-        key: value
-        for key, value in _flat(record.config)
-        if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
-    }
-    if record.code.outside:
-        config["outside optimizer"] = record.code.outside
+    outside = {"outside optimizer": record.code.outside} if record.code.outside else {}
     return {
-        **LATER_KEYS,
-        **config,
+        **config_identity(record.config),
+        **outside,
         "train.steps": record.declared_steps,
         "hardware": record.hardware.label,
         "corpus manifest": record.corpus.manifest_sha256,
         "validation tokens": record.validation_tokens,
         "target": record.target_val_loss,
     }
+
+
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config has in common with those of other seeds and machines, under dotted names."""
+    kept = {
+        key: value
+        for key, value in _flat(config)
+        if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
+    }
+    return {**LATER_KEYS, **kept}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -329,17 +346,15 @@ def _told_apart(pairs: Sequence[tuple[Row, list[Record]]]) -> list[tuple[Row, li
 def _differences(records: Sequence[Record]) -> list[str]:
     """For each record, its values of the keys in which the records are not all alike."""
     absent = object()
-    identities = [{"optimizer": record.optimizer, **_identity(record)} for record in records]
-    keys = list(dict.fromkeys(key for identity in identities for key in identity))
+    identities = [{"optimizer": record.optimizer, **identity(record)} for record in records]
+    keys = list(dict.fromkeys(key for one in identities for key in one))
     first = identities[0]
     differing = [
-        key
-        for key in keys
-        if any(identity.get(key, absent) != first.get(key, absent) for identity in identities[1:])
+        key for key in keys if any(one.get(key, absent) != first.get(key, absent) for one in identities[1:])
     ]
     return [
-        "; ".join(f"{key} = {_value(identity[key])}" for key in differing if key in identity) or "fewer keys"
-        for identity in identities
+        "; ".join(f"{key} = {_value(one[key])}" for key in differing if key in one) or "fewer keys"
+        for one in identities
     ]
 
 
@@ -616,7 +631,7 @@ def print_terminal(table: Table, console: Console) -> None:
     from rich.text import Text
 
     def say(line: str, style: str = "", longest: int = 400) -> None:
-        console.print(Text(_encodable(clean(line, longest=longest), console.encoding), style=style))
+        console.print(Text(encodable(clean(line, longest=longest), console.encoding), style=style))
 
     say(f"{table.track.name}: validation loss {table.track.target_val_loss:g}", "bold")
     empty = empty_line(table)
@@ -653,7 +668,7 @@ def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narr
         )
     for row, values in zip(table.rows, cells):
         style = "" if row.counts else "dim"
-        grid.add_row(*(Text(_encodable(value, console.encoding)) for value in values.values()), style=style)
+        grid.add_row(*(Text(encodable(value, console.encoding)) for value in values.values()), style=style)
     return grid
 
 
@@ -688,7 +703,7 @@ def clean(text: str, longest: int | None = LONGEST_TEXT) -> str:
     return shown if longest is None or len(shown) <= longest else shown[: longest - 3] + "..."
 
 
-def _encodable(text: str, encoding: str) -> str:
+def encodable(text: str, encoding: str) -> str:
     """Text that a terminal of this encoding can show."""
     try:
         text.encode(encoding)
