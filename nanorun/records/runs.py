@@ -482,7 +482,7 @@ def _drop_copies(found: RunsRead) -> None:
     for run in found.runs:
         same_file = (os.path.realpath(run.file), run.place)
         # Seconds are kept to 1e-4, so that two runs of ours never have one curve.
-        key = same_file if run.kind == "log" else (run.seed, run.curves[VAL_LOSS])
+        key = same_file if run.kind == "log" else (run.track, run.name, run.seed, run.curves[VAL_LOSS])
         first = kept.setdefault(key, run)
         if first is not run and os.path.realpath(first.file) != same_file[0]:
             found.skipped.append(SkippedLog(run.label, f"the same run as {first.label}"))
@@ -564,9 +564,13 @@ def shown(value: object) -> str:
 
 
 def by_seed(pairs: Iterable[tuple[ComparedRun, float]]) -> list[float]:
-    """One value for each seed, its runs averaged; a run that does not say its seed stands for itself."""
+    """One value for each seed, its runs averaged; every run of a foreign log stands for itself.
+
+    Our runs of one seed on one machine are copies of each other, or nearly; those of a log may say one seed and
+    shuffle by something else, and who claims them counts runs.
+    """
     values: dict[Any, list[float]] = {}
     for run, value in pairs:
-        key = (run.file, run.place) if run.seed is None else run.seed
+        key = (run.file, run.place) if run.kind == "log" or run.seed is None else run.seed
         values.setdefault(key, []).append(value)
     return [math.fsum(one) / len(one) for one in values.values()]

@@ -71,7 +71,7 @@ class GroupVerdict:
     apart: str
     """What sets it apart from groups called the same, but for a number."""
     n: int
-    """Losses judged: one for each seed, or for each run that does not say its seed."""
+    """Losses judged: one for each seed of ours, or for each run of foreign logs."""
     step: int | None
     """None where pooled runs end at different steps."""
     mean_loss: float | None
@@ -285,10 +285,12 @@ def _seed_weaknesses(runs: Sequence[ComparedRun]) -> Iterator[str]:
     seeds = [run.seed for run in runs if run.seed is not None]
     repeats = len(seeds) - len(set(seeds))
     if repeats:
-        yield (
-            f"{repeats} of {len(runs)} runs repeat{'s' * (repeats == 1)} a seed: a repeated seed counts once, by its "
-            "mean"
+        counted = (
+            "counts as a run of its own, though only rounding may set it apart"
+            if runs[0].kind == "log"
+            else "counts once, by its mean"
         )
+        yield f"{repeats} of {len(runs)} runs repeat{'s' * (repeats == 1)} a seed; a repeated seed {counted}"
     first: dict[str, int | None] = {}
     weights = [run for run in runs if run.final_weights_sha256]
     if any(first.setdefault(str(run.final_weights_sha256), run.seed) != run.seed for run in weights):
