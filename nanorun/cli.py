@@ -183,6 +183,30 @@ def report(
         write_whole(out, text, mend="choose another --out")
 
 
+@app.command("import", epilog="Example: nanorun import logs/ --track fineweb-small --dry-run")
+def import_(
+    paths: Annotated[list[Path], typer.Argument(help="Training logs, or folders of logs.")],
+    track: Annotated[
+        str | None, typer.Option(help="The competition that the runs belong to; --dry-run needs none.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and show, write nothing.")] = False,
+    claimed_seconds: Annotated[
+        float | None, typer.Option(help="What the submission claims, kept beside the log's own time.")
+    ] = None,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Read the logs of modded-nanogpt, llm.c and nanoGPT, and keep what they say as imports."""
+    from nanorun.records.importing import import_logs, print_terminal
+
+    result = import_logs(
+        paths, track=track, records=records, dry_run=dry_run, claimed_seconds=claimed_seconds
+    )
+    _print_json(result.to_dict(), as_json)
+    if not as_json:
+        print_terminal(result, _console(False))
+
+
 Loss = Annotated[str, typer.Option("--loss", help="Which validation loss, such as val_ema_loss.")]
 Step = Annotated[
     int | None, typer.Option(min=0, help="The claimed step; without it the declared last one of full runs.")

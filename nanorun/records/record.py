@@ -25,10 +25,12 @@ from nanorun.errors import UserError
 from nanorun.names import NO_TRACK, is_track_name
 
 FORMAT_VERSION = 1
+IMPORT_FILE = "import.json"
+"""What a folder holds instead of a record.json when it comes from a foreign log; see `imported`."""
 MAX_BYTES = 100_000
 """A record.json is smaller than this, written or read."""
 
-_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
+RECORD_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
 _CLOCK_KEYS = tuple(f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total"))
 _DEEPEST_CONFIG = 16
@@ -178,8 +180,8 @@ class Record:
 
         Raises RecordError.
         """
-        _check_version(content)
-        record: Record = _read(cls, content)
+        check_version(content)
+        record: Record = read_fields(cls, content)
         _check_sense(record)
         return record
 
@@ -214,8 +216,7 @@ def record_id(created: str, name: str, content: Mapping[str, Any]) -> str:
 def write_record(root: Path, record: Record, *, config_toml: str, source_patch: str | None) -> Path:
     """Return `<root>/<track>/<id>`, filled with record.json, config.toml, curve.csv and any source.patch.
 
-    All or nothing: the folder is filled beside its place and renamed. Never overwrites. Raises UserError when
-    the disk refuses, or when the record exists or would not be readable.
+    Raises UserError when the disk refuses, or when the record exists or would not be readable.
     """
     if record.code.patch != (None if source_patch is None else "source.patch"):
         raise RecordError(f"is {record.code.patch!r}, which does not fit the patch handed over", "code.patch")
@@ -223,12 +224,19 @@ def write_record(root: Path, record: Record, *, config_toml: str, source_patch: 
     files = {"record.json": text, "config.toml": config_toml, "curve.csv": _curve_csv(record)}
     if source_patch is not None:
         files["source.patch"] = source_patch
-    folder = root / record.track / record.id
+    return write_folder(root / record.track / record.id, files)
+
+
+def write_folder(folder: Path, files: Mapping[str, str]) -> Path:
+    """Return the record's new folder with its files, all or nothing: it is filled beside its place and renamed.
+
+    Never overwrites. Raises UserError when the disk refuses, or when the folder exists.
+    """
     if os.path.lexists(folder):
         raise UserError(
             f"{folder} exists already, and a record is written once; move it away to write it again"
         )
-    beside = folder.parent / f".writing-{record.id}-{os.getpid()}"
+    beside = folder.parent / f".writing-{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _fill(beside, files)
@@ -245,7 +253,7 @@ def write_record(root: Path, record: Record, *, config_toml: str, source_patch: 
 
 def read_record(folder: Path) -> Record:
     """Return the record in `folder`, which must bear its id and lie under its track. Raises RecordError."""
-    record = Record.from_dict(_load(folder / "record.json"))
+    record = Record.from_dict(load_json(folder / "record.json"))
     if record.id != folder.name:
         raise RecordError(
             f"is {_shown(record.id)} in a folder named {_shown(folder.name)}; they must agree", "id"
@@ -265,19 +273,25 @@ def read_records(root: Path, track: str | None = None) -> tuple[list[Record], li
     """
     records: list[Record] = []
     skipped: list[Skipped] = []
-    tracks = _folders(root) if track is None else [root / track]
+    tracks = folders_in(root) if track is None else [root / track]
     for track_folder in tracks:
         if track_folder.name in NO_TRACK:
             continue
-        for folder in _folders(track_folder):
+        for folder in folders_in(track_folder):
             try:
                 records.append(read_record(folder))
             except RecordError as error:
-                skipped.append(Skipped(folder, str(error)))
+                if not holds_import(folder):
+                    skipped.append(Skipped(folder, str(error)))
     return records, skipped
 
 
-def _folders(parent: Path) -> list[Path]:
+def holds_import(folder: Path) -> bool:
+    """Whether a folder holds what was imported from a foreign log, and no record of ours."""
+    return (folder / IMPORT_FILE).exists() and not os.path.lexists(folder / "record.json")
+
+
+def folders_in(parent: Path) -> list[Path]:
     """Visible folders in `parent`, in order of name; none when it is not there."""
     try:
         with os.scandir(parent) as entries:
@@ -289,43 +303,44 @@ def _folders(parent: Path) -> list[Path]:
     return [parent / name for name in names]
 
 
-def _load(path: Path) -> object:
+def load_json(path: Path) -> object:
     """The JSON in `path`; a pipe, a giant or nonsense is an error, never a hang or a traceback."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise RecordError("is not a regular file", "record.json")
+            raise RecordError("is not a regular file")
         if found.st_size >= MAX_BYTES:
-            raise RecordError(f"has {found.st_size:,} bytes; wanted fewer than {MAX_BYTES:,}", "record.json")
+            raise RecordError(f"has {found.st_size:,} bytes; wanted fewer than {MAX_BYTES:,}")
         with open(path, "rb") as file:
             return _DECODER.decode(file.read(MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
-        raise RecordError("is missing", "record.json") from None
+        why = "is missing"
     except OSError as error:
-        raise RecordError(f"cannot be read: {error.strerror}", "record.json") from error
+        why = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        raise RecordError(f"is not UTF-8 at byte {error.start}", "record.json") from None
+        why = f"is not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
-        raise RecordError(f"is not whole JSON: {error}", "record.json") from None
+        why = f"is not whole JSON: {error}"
     except RecursionError:
-        raise RecordError("is nested too deeply", "record.json") from None
-    except RecordError:
-        raise
+        why = "is nested too deeply"
+    except RecordError as error:
+        why = error.why
     except ValueError as error:
-        raise RecordError(f"cannot be read: {error}", "record.json") from None
+        why = f"cannot be read: {error}"
+    raise RecordError(why, path.name)
 
 
 def _refuse_constant(name: str) -> float:
-    raise RecordError(f"holds {name}, which is no JSON number", "record.json")
+    raise RecordError(f"holds {name}, which is no JSON number")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _check_version(content: object) -> None:
-    """Before all else, because another version may differ in anything."""
+def check_version(content: object, what: str = "the record") -> None:
+    """Raise RecordError for another version; asked before all else, because it may differ in anything."""
     if not isinstance(content, dict):
-        raise RecordError(f"is {_shown(content)}; wanted an object", "the record")
+        raise RecordError(f"is {_shown(content)}; wanted an object", what)
     if "format_version" not in content:
         raise RecordError("is missing", "format_version")
     version = content["format_version"]
@@ -363,13 +378,13 @@ def _check_sense(record: Record) -> None:
 
 def _check_words(record: Record) -> None:
     """Raise RecordError for a text that is not of its form; ids and tracks become paths."""
-    if not _ID.fullmatch(record.id):
+    if not RECORD_ID.fullmatch(record.id):
         raise RecordError(f"is {_shown(record.id)}; wanted the form 2026-11-24-muon-1a2b3c4d", "id")
     if not is_track_name(record.track):
         raise RecordError(f"is {_shown(record.track)}; wanted a track's name", "track")
     if not record.name.strip():
         raise RecordError("is empty; wanted the preset's name", "name")
-    if not _is_utc_time(record.created):
+    if not is_utc_time(record.created):
         raise RecordError(f"is {_shown(record.created)}; wanted UTC such as 2026-11-24T12:30:00Z", "created")
     if record.hardware.device not in ("cpu", "cuda"):
         raise RecordError(f"is {_shown(record.hardware.device)}; wanted cpu or cuda", "hardware.device")
@@ -377,7 +392,7 @@ def _check_words(record: Record) -> None:
         raise RecordError(f"is {_shown(record.code.patch)}; wanted null or source.patch", "code.patch")
 
 
-def _is_utc_time(text: str) -> bool:
+def is_utc_time(text: str) -> bool:
     import datetime
 
     if not _CREATED.fullmatch(text):
@@ -389,7 +404,7 @@ def _is_utc_time(text: str) -> bool:
     return True
 
 
-def _read(cls: Any, value: object) -> Any:
+def read_fields(cls: Any, value: object) -> Any:
     """Return a `cls` made of the JSON object `value`, each field checked by its annotation."""
     if not isinstance(value, dict):
         raise RecordError(f"is {_shown(value)}; wanted an object")
@@ -430,13 +445,16 @@ def _check_for(hint: Any) -> Callable[[Any], Any]:
         dict[str, Any]: _config,
         dict[str, float]: _clock,
         tuple[ValidationPoint, ...]: _curve,
+        tuple[str, ...]: _texts,
     }
     if hint in simple:
         return simple[hint]
     if get_origin(hint) is types.UnionType:
         inner = _check_for(get_args(hint)[0])
         return lambda value: None if value is None else inner(value)
-    return partial(_read, hint)
+    if get_origin(hint) is tuple:
+        return partial(_list_of, _check_for(get_args(hint)[0]))
+    return partial(read_fields, hint)
 
 
 def _shown(value: object) -> str:
@@ -474,6 +492,24 @@ def _text(value: object) -> str:
         except UnicodeEncodeError:
             raise RecordError(f"is {_shown(value)}, which holds half a character") from None
     return value
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise RecordError(f"is {_shown(value)}; wanted a list of texts")
+    return tuple(map(_text, value))
+
+
+def _list_of(check: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise RecordError(f"is {_shown(value)}; wanted a list")
+    found = []
+    for index, item in enumerate(value):
+        try:
+            found.append(check(item))
+        except RecordError as error:
+            raise error.within(f"[{index}]") from None
+    return tuple(found)
 
 
 def _config(value: object) -> dict[str, Any]:

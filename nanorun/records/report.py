@@ -144,7 +144,7 @@ def table_with_runs(
     skipped: Iterable[Skipped] = (),
 ) -> tuple[Table, tuple[tuple[Record, ...], ...]]:
     """Return what `build_table` does, and for each of its rows the runs it is made of, oldest first."""
-    start = _moment(since)
+    start = moment(since)
     of_track = [record for record in records if record.track == track.name]
     kept = [
         record
@@ -164,7 +164,8 @@ def table_with_runs(
     return table, tuple(tuple(group) for _, group in pairs)
 
 
-def _moment(since: str | None) -> datetime.datetime | None:
+def moment(since: str | None) -> datetime.datetime | None:
+    """Return the time that `--since` says, or None without one; UserError where it is none."""
     if since is None:
         return None
     try:
@@ -585,10 +586,10 @@ def _csv_cell(value: object) -> object:
 
 def to_markdown(table: Table) -> str:
     """The table as GitHub's Markdown, with the rule, the comparison and the notes under it."""
-    lines = [f"### {_markdown(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
+    lines = [f"### {markdown_text(table.track.name)}: validation loss {table.track.target_val_loss:g}", ""]
     empty = empty_line(table)
     if empty:
-        lines += [_markdown(empty), ""]
+        lines += [markdown_text(empty), ""]
     else:
         titles = ["Rank", "Name", "Optimizer", "n", "Seconds", "First crossing", "Steps", "Tokens"]
         titles += ["Final loss", "p", "Counts", "Hardware", "Date"]
@@ -600,15 +601,15 @@ def to_markdown(table: Table) -> str:
             cells += [_count(row.steps_mean), _large(row.tokens_mean)]
             cells += [_spread(_loss(row.loss_mean), row.loss_std, _loss), _p(row.p_value)]
             cells += ["yes" if row.counts else "no", row.hardware, row.date]
-            lines.append(f"| {' | '.join(map(_markdown, cells))} |")
+            lines.append(f"| {' | '.join(map(markdown_text, cells))} |")
         lines.append("")
     for line in _lines_under(table):
-        lines.append(f"- {_markdown(line, longest=400)}")
+        lines.append(f"- {markdown_text(line, longest=400)}")
     return "\n".join(lines) + "\n"
 
 
-def _markdown(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Text that Markdown shows as it is, HTML and links included."""
+def markdown_text(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return text that Markdown shows as it is, HTML and links included."""
     return re.sub(r"([\\`*_\[\]|~<>&#!])", r"\\\1", clean(text, longest=longest))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 from nanorun.records.logs import LoggedMachine
 
@@ -13,6 +15,7 @@ SEPARATOR = "=" * 100
 MAX_SOURCE_CHARS = 2_000_000
 """An embedded source longer than this is hashed no more and left out."""
 MAX_GPUS = 4096
+MAX_KINDS = 8
 LONGEST_HEADER_LINE = 1000
 
 _IMPORT = re.compile(r"import [A-Za-z_]|from [A-Za-z_.][A-Za-z0-9_.]* import ")
@@ -35,6 +38,7 @@ class Facts:
     source: str | None = None
     source_sha256: str | None = None
     notes: tuple[str, ...] = ()
+    """Facts that no other field holds."""
 
     def copy(self) -> Facts:
         """The facts as they stand, not to change with what follows in the file."""
@@ -45,7 +49,7 @@ class Facts:
         names = list(dict.fromkeys(self.gpus[index] for index in sorted(self.gpus)))
         implied = self.world_size is None and bool(self.gpus)
         return LoggedMachine(
-            gpu=self.device_name or " + ".join(names) or None,
+            gpu=self.device_name or " + ".join(names[:MAX_KINDS]) or None,
             n_gpus=len(self.gpus) or None,
             world_size=len(self.gpus) if implied else self.world_size,
             world_size_is_implied=implied,
@@ -69,7 +73,20 @@ def _device(facts: Facts, found: re.Match[str]) -> None:
 
 
 def _smi_date(facts: Facts, found: re.Match[str]) -> None:
-    facts.date = f"{found[3]}-{_MONTHS.index(found[1]) + 1:02d}-{int(found[2]):02d}"
+    _set_date(facts, f"{found[3]}-{_MONTHS.index(found[1]) + 1:02d}-{int(found[2]):02d}")
+
+
+def _iso_date(facts: Facts, found: re.Match[str]) -> None:
+    _set_date(facts, found[1])
+
+
+def _set_date(facts: Facts, day: str) -> None:
+    with suppress(ValueError):  # the 31st of February
+        facts.date = datetime.date.fromisoformat(day).isoformat()
+
+
+def _warm_up(facts: Facts, found: re.Match[str]) -> None:
+    facts.notes = (*facts.notes, "compilation and warming up come before the clock starts")
 
 
 def _set(name: str, kind: Callable[[str], object] = str) -> Callable[[Facts, re.Match[str]], None]:
@@ -106,9 +123,10 @@ _RULES: tuple[tuple[str, str, Callable[[Facts, re.Match[str]], None]], ...] = (
     ("seed", rf"(?:Overriding: )?seed ?[=:] ?{_SEED}\s*$", _set("seed", int)),
     ("seed", rf"trial:[0-9]{{1,9}}/[0-9]{{1,9}} seed:{_SEED}\s*$", _set("seed", int)),
     ("--seed", rf"command=.{{0,2000}} --seed[= ]{_SEED}", _set("seed", int)),
+    ("warming up", r"Compiling model and warming up kernels", _warm_up),
     ("max_iters", r"(?:Overriding: )?max_iters = ([0-9]{1,12})(?![0-9.e])", _set("total_steps", int)),
-    ("T", rf"(?:Run UTC timestamp|batch_start|started_at)={_DAY}", _set("date")),
-    (" start ", rf"=== seed [0-9]{{1,18}} start {_DAY}", _set("date")),
+    ("T", rf"(?:Run UTC timestamp|batch_start|started_at)={_DAY}", _iso_date),
+    (" start ", rf"=== seed [0-9]{{1,18}} start {_DAY}", _iso_date),
     (
         ":",
         rf"[A-Z][a-z]{{2}} ({'|'.join(_MONTHS)}) {{1,2}}([0-3]?[0-9]) [0-9:]{{8}} ([12][0-9]{{3}})\s*$",

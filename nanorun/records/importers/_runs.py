@@ -148,9 +148,7 @@ class RunCollector:
                 draft.diverged = True
                 draft.note(f"the validation loss is {text} at step {reading.step}: kept up to there")
             else:
-                draft.note(
-                    f"step {reading.step}: the loss {shown(text)} is no number; the reading is left out"
-                )
+                draft.note(f"step {reading.step}: the loss {shown(text)} is no loss; the reading is left out")
             return
         if reading.is_last_and_cut and n_decimals(text) != draft.decimals:
             draft.note(f"the file ends within the loss of step {reading.step}; the reading is left out")
@@ -180,7 +178,7 @@ class RunCollector:
             if key not in draft.other_losses and len(draft.other_losses) >= MAX_OTHER_LOSSES:
                 draft.note(f"more than {MAX_OTHER_LOSSES} other losses; the rest is left out")
             elif value is None:
-                draft.note(f"step {reading.step}: {key} {shown(text)} is no number, and is left out")
+                draft.note(f"step {reading.step}: {key} {shown(text)} is no loss, and is left out")
             else:
                 draft.other_losses.setdefault(key, {})[reading.step] = value
 

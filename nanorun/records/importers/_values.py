@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
+
+from nanorun.records.significance import LARGEST_LOSS
 
 STEP = r"[0-9]{1,12}"
 """A step; longer ones are nobody's, and would cost time to read."""
@@ -14,11 +15,11 @@ _NOT_FINITE = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 
 
 def loss(text: str) -> float | None:
-    """Return the finite number of 0 or more that `text` is, or None."""
+    """Return the number from 0 to `LARGEST_LOSS` that `text` is, or None."""
     if not _LOSS.fullmatch(text):
         return None
     value = float(text)
-    return value if math.isfinite(value) else None
+    return value if value <= LARGEST_LOSS else None
 
 
 def is_not_finite(text: str) -> bool:
