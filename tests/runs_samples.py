@@ -9,6 +9,7 @@ from typing import Any
 
 from records_samples import a_record
 
+from nanorun.records.imported import ImportedRun, write_imported
 from nanorun.records.logs import LoggedMachine, LoggedPoint, LoggedRun
 from nanorun.records.record import Record, write_record
 from nanorun.records.runs import ComparedRun, from_log
@@ -58,6 +59,14 @@ def put_record(root: Path, **changes: Any) -> Path:
     """Write a made-up record under `root` and return its folder."""
     record = a_record(**changes)
     return write_record(root, record, config_toml="", source_patch=None)
+
+
+def put_import(root: Path, run: LoggedRun, *, track: str = "sotu") -> Path:
+    """Write what `nanorun import` keeps of a log's run and return its folder."""
+    imported = ImportedRun.of(
+        run, track=track, name=Path(run.file).stem, imported="2026-11-24T12:30:00Z", claimed_seconds=None
+    )
+    return write_imported(root, imported, run)
 
 
 def put_run(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from runs_samples import log_text, put_record, put_run, write_log
 
@@ -284,3 +286,27 @@ def test_hostile_names_and_code_reach_no_terminal(nanorun):
     assert code == 0
     assert "[red]?[31m?" in out
     assert not [char for char in out if char != "\n" and not char.isprintable()]
+
+
+READINGS = st.lists(
+    st.tuples(st.integers(0, 30), st.floats(0, 1e4), st.floats(0, 1e7)), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(READINGS, READINGS, st.one_of(st.none(), st.floats(0.1, 1e4)))
+def test_whatever_two_logs_say_the_comparison_is_a_document_or_a_sentence(a, b, target):
+    for name, readings in (("a", a), ("b", b)):
+        by_step = {step: (step, loss, seconds) for step, loss, seconds in readings}
+        Path(f"{name}.txt").write_text(
+            "".join(
+                f"step:{step}/30 val_loss:{loss:.5f} train_time:{seconds:.3f}s step_avg:1.0ms\n"
+                for step, loss, seconds in sorted(by_step.values())
+            )
+        )
+    try:
+        found = compare("a.txt", "b.txt", target=target)
+    except UserError:
+        return
+    json.dumps(found.to_dict(), allow_nan=False)
+    print_comparison(found, Console(file=io.StringIO()))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from records_samples import a_record
-from runs_samples import a_log, a_logged_run, put_record, put_run, write_log
+from runs_samples import a_log, a_logged_run, put_import, put_record, put_run, write_log
 
 from nanorun.errors import UserError
 from nanorun.records.logs import LoggedMachine
+from nanorun.records.reading import read_logs
 from nanorun.records.record import read_record
 from nanorun.records.runs import VAL_LOSS, by_seed, from_log, from_record, group_runs, read_runs
 
@@ -44,6 +45,8 @@ def test_a_log_keeps_its_other_losses_and_the_seconds_beside_them():
         "gpu": "NVIDIA H100 80GB HBM3",
         "world size": 8,
         "source sha256": "a" * 64,
+        "format": "modded_nanogpt",
+        "last step": None,
     }
 
 
@@ -191,6 +194,29 @@ def test_logs_and_records_can_be_read_together():
     assert {run.kind for run in read_runs(["records", "logs"]).runs} == {"record", "log"}
 
 
+def test_an_import_is_read_as_its_log_and_counts_once_with_it():
+    path = write_log(Path("logs/a.txt"), 3.27)
+    logged = read_logs([path]).runs[0]
+    logged = dataclasses.replace(logged, source="import sys\n", source_sha256="e" * 64)
+    folder = put_import(Path("records"), logged)
+    put_record(Path("records"))
+    imported = read_runs([folder]).runs[0]
+    assert (imported.kind, imported.track, imported.source) == ("log", "sotu", "import sys\n")
+    assert imported.curves == from_log(logged).curves
+    assert imported.identity == from_log(logged).identity
+    assert [run.kind for run in read_runs(["records"]).runs] == ["record", "log"]
+    for names in (["logs", "records/sotu"], [folder / "import.json", "logs"], [folder, folder.parent]):
+        assert len([run for run in read_runs(names).runs if run.kind == "log"]) == 1
+    assert "the same run as" in read_runs([folder, "logs"]).skipped[0].why
+
+
+def test_a_broken_import_is_named():
+    folder = put_import(Path("records"), a_logged_run())
+    (folder / "import.json").write_text("{}")
+    assert [one.file for one in read_runs([folder]).skipped] == [str(folder)]
+    assert [one.file for one in read_runs(["records"]).skipped] == [str(folder)]
+
+
 def test_a_name_that_leads_nowhere_says_what_was_wanted():
     for name in ("nowhere", "no*.txt", "nowhere/muon"):
         with pytest.raises(UserError, match="no such file or folder"):
@@ -244,7 +270,7 @@ def test_groups_part_by_steps_machine_and_source_and_by_nothing_else():
     pooled = group_runs(runs, pool=True)
     assert len(pooled) == 1
     assert set(pooled[0].differs) == {"gpu", "source sha256", "total steps"}
-    assert pooled[0].identity == {"world size": 8}
+    assert pooled[0].identity["world size"] == 8
 
 
 def test_groups_of_one_name_are_told_apart():

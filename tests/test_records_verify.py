@@ -10,18 +10,22 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from records_samples import a_record
 from rich.console import Console
 from runs_samples import a_log, log_text, put_record, write_log
 
 from nanorun import cli
 from nanorun.errors import UserError
-from nanorun.records.runs import from_record, group_runs
+from nanorun.records.logs import LoggedPoint, LoggedRun
+from nanorun.records.runs import RunsRead, from_log, from_record, group_runs
 from nanorun.records.significance import Rule
 from nanorun.records.verify import (
     Claim,
     GroupVerdict,
     RuleOptions,
+    Verification,
     judge_group,
     print_verification,
     resolve_rule,
@@ -367,3 +371,51 @@ def test_the_table_says_what_was_tested_and_what_it_takes_for_granted():
     assert "3.270000" in out
     assert "margin rule: (3.28 - mean)·√n ≥ 0.004" in out
     assert "assumes independent runs" in out
+
+
+def test_what_many_runs_have_to_be_said_of_them_is_said_once():
+    runs = [a_log(3.27, file=f"{k}.txt", notes=(f"the clock counts {k} s too much",)) for k in range(9)]
+    console = Console(file=io.StringIO(), width=200)
+    group = judged(runs)
+    print_verification(
+        Verification(Claim(3.28, MARGIN, None, "val_loss", None), (group,), RunsRead(runs)), console
+    )
+    out = console.file.getvalue()
+    assert out.count("the clock counts") == 1
+    assert "and 8 more runs alike" in out
+    assert len(group.notes) == 9
+
+
+READINGS = st.lists(
+    st.tuples(
+        st.integers(0, 30), st.floats(-1e6, 1e6), st.one_of(st.none(), st.floats(0, 1e10), st.just(5e-324))
+    ),
+    min_size=1,
+    max_size=5,
+)
+RULES = st.sampled_from([MARGIN, Rule("t", n=2, alpha=0.01), Rule("z", n=1, alpha=0.01, sigma=1e-300)])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(READINGS, min_size=1, max_size=4), RULES, st.one_of(st.none(), st.integers(0, 30)), st.booleans()
+)
+def test_whatever_logs_say_the_verdict_is_a_document_and_the_mean_is_theirs(logs, rule, step, pool):
+    runs = []
+    for index, readings in enumerate(logs):
+        points = [
+            LoggedPoint(at, seconds, loss)
+            for at, loss, seconds in sorted({r[0]: r for r in readings}.values())
+        ]
+        runs.append(from_log(LoggedRun(f"{index}", 0, "llmc", tuple(points), points[-1].step)))
+    claim = Claim(3.28, rule, step, "val_loss", None)
+    verdicts = tuple(judge_group(group, claim) for group in group_runs(runs, pool=pool))
+    result = Verification(claim, verdicts, RunsRead(runs))
+    json.dumps(result.to_dict(), allow_nan=False)
+    print_verification(result, Console(file=io.StringIO()))
+    assert sum(len(one.files) + len(one.left_out) for one in verdicts) == len(runs)
+    for one in verdicts:
+        if one.n:
+            assert min(one.losses) - 1e-6 <= one.mean_loss <= max(one.losses) + 1e-6
+        else:
+            assert not one.passes
