@@ -316,6 +316,126 @@ def contest(
         typer.echo(printable(f"{result['says']}\nwritten: {result['file']}"))
 
 
+@app.command("import", epilog="Example: nanorun import logs/ --track fineweb-small --dry-run")
+def import_(
+    paths: Annotated[list[Path], typer.Argument(help="Training logs, or folders of logs.")],
+    track: Annotated[
+        str | None, typer.Option(help="The competition that the runs belong to; --dry-run needs none.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and show, write nothing.")] = False,
+    claimed_seconds: Annotated[
+        float | None, typer.Option(help="What the submission claims, kept beside the log's own time.")
+    ] = None,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Read the logs of modded-nanogpt, llm.c and nanoGPT, and keep what they say as imports."""
+    from nanorun.records.importing import import_logs, print_terminal
+
+    result = import_logs(
+        paths, track=track, records=records, dry_run=dry_run, claimed_seconds=claimed_seconds
+    )
+    _print_json(result.to_dict(), as_json)
+    if not as_json:
+        print_terminal(result, _console(False))
+
+
+Loss = Annotated[str, typer.Option("--loss", help="Which validation loss, such as val_ema_loss.")]
+Step = Annotated[
+    int | None, typer.Option(min=0, help="The claimed step; without it the declared last one of full runs.")
+]
+Pool = Annotated[
+    bool,
+    typer.Option("--pool", help="Average runs of different configs, code or machines, and say what differs."),
+]
+
+
+@app.command(epilog="Example: nanorun verify logs/ --target 3.28 --margin 0.004 --step 3250")
+def verify(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Records, runs' folders, training logs, folders of these, or track:optimizer."),
+    ],
+    target: Annotated[float | None, typer.Option(help="Validation loss to be under; the track's.")] = None,
+    rule: Annotated[
+        Literal["t", "z", "margin"] | None,
+        typer.Option(
+            help="t-test, z-test with --sigma, or (target - mean)·√n ≥ --margin; the track's, or t."
+        ),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Level of t and z; the track's, or 0.01.")] = None,
+    margin: Annotated[float | None, typer.Option(help="In nats; alone it means --rule margin.")] = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="Spread over seeds in nats; alone it means --rule z.")
+    ] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Seeds asked for; the track's, or 1.")] = None,
+    step: Step = None,
+    loss: Loss = "val_loss",
+    track: Annotated[str | None, typer.Option(help="Where target and rule come from.")] = None,
+    pool: Pool = False,
+    require: Annotated[
+        bool, typer.Option("--require", help="Exit with 1 unless every group passes.")
+    ] = False,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Check whether runs prove a claim: each group's mean loss against a target, by a stated rule."""
+    from nanorun.records.verify import RuleOptions, print_verification, require_all, verify
+
+    options = RuleOptions(rule=rule, alpha=alpha, margin=margin, sigma=sigma, n=n)
+    result = verify(
+        paths, options, target=target, track=track, step=step, loss=loss, pool=pool, records=records
+    )
+    _print_json(result.to_dict(), as_json)
+    if not as_json:
+        print_verification(result, _console(False))
+    if require:
+        require_all(result)
+
+
+@app.command(epilog="Example: nanorun compare sotu:muon sotu:adamw")
+def compare(
+    a: Annotated[str, typer.Argument(help="Record, run's folder, log, folder of these, or track:optimizer.")],
+    b: Annotated[str, typer.Argument(help="The same.")],
+    loss: Loss = "val_loss",
+    step: Step = None,
+    target: Annotated[
+        float | None, typer.Option(help="For seconds and steps to it; the records' own.")
+    ] = None,
+    pool: Pool = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Across different corpora, validation tokens or machines too.")
+    ] = False,
+    records: RecordsDir = Path("records"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare two sets of runs: loss, seconds, steps, and what differs between them."""
+    from nanorun.records.compare import compare, print_comparison
+
+    result = compare(a, b, loss=loss, step=step, target=target, pool=pool, force=force, records=records)
+    _print_json(result.to_dict(), as_json)
+    if not as_json:
+        print_comparison(result, _console(False))
+
+
+@app.command(epilog="Example: nanorun power --sigma 0.0013 --delta 0.002")
+def power(
+    sigma: Annotated[float, typer.Option(help="Spread of the final loss over seeds, in nats.")],
+    delta: Annotated[float | None, typer.Option(help="The difference to see, in nats.")] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the test.")] = 0.01,
+    power: Annotated[float, typer.Option(help="How often the difference shall be seen.")] = 0.8,
+    n: Annotated[int | None, typer.Option(help="Seeds there are: what they can tell.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many seeds a difference takes to be seen, or what a number of seeds can see."""
+    from nanorun.records.power import lines, plan
+
+    document = plan(sigma=sigma, delta=delta, alpha=alpha, power=power, n=n)
+    _print_json(document, as_json)
+    if not as_json:
+        typer.echo("\n".join(lines(document)))
+
+
 @app.command(epilog='Example: nanorun sample runs/20260101-120000-sotu-muon-s0 --prompt "My fellow citizens"')
 def sample(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],

@@ -61,6 +61,10 @@ class LoggedRun:
     source_sha256: str | None = None
     notes: tuple[str, ...] = ()
     """What a reader has to know, one sentence each: a clock that restarts, a run resumed in the middle."""
+    date: str | None = None
+    """The day that the log says it was made on, such as 2026-05-25."""
+    file_sha256: str | None = None
+    """Hash of the whole file's bytes."""
 
     @property
     def complete(self) -> bool:

@@ -25,6 +25,8 @@ from nanorun.errors import UserError
 from nanorun.names import NO_TRACK, is_track_name
 
 FORMAT_VERSION = 1
+IMPORT_FILE = "import.json"
+"""What a folder holds instead of a record.json when it comes from a foreign log; see `imported`."""
 MAX_BYTES = 100_000
 """A record.json is smaller than this, written or read."""
 
@@ -214,8 +216,7 @@ def record_id(created: str, name: str, content: Mapping[str, Any]) -> str:
 def write_record(root: Path, record: Record, *, config_toml: str, source_patch: str | None) -> Path:
     """Return `<root>/<track>/<id>`, filled with record.json, config.toml, curve.csv and any source.patch.
 
-    All or nothing: the folder is filled beside its place and renamed. Never overwrites. Raises UserError when
-    the disk refuses, or when the record exists or would not be readable.
+    Raises UserError when the disk refuses, or when the record exists or would not be readable.
     """
     if record.code.patch != (None if source_patch is None else "source.patch"):
         raise RecordError(f"is {record.code.patch!r}, which does not fit the patch handed over", "code.patch")
@@ -223,12 +224,19 @@ def write_record(root: Path, record: Record, *, config_toml: str, source_patch: 
     files = {"record.json": text, "config.toml": config_toml, "curve.csv": _curve_csv(record)}
     if source_patch is not None:
         files["source.patch"] = source_patch
-    folder = root / record.track / record.id
+    return write_folder(root / record.track / record.id, files)
+
+
+def write_folder(folder: Path, files: Mapping[str, str]) -> Path:
+    """Return the record's new folder with its files, all or nothing: it is filled beside its place and renamed.
+
+    Never overwrites. Raises UserError when the disk refuses, or when the folder exists.
+    """
     if os.path.lexists(folder):
         raise UserError(
             f"{folder} exists already, and a record is written once; move it away to write it again"
         )
-    beside = folder.parent / f".writing-{record.id}-{os.getpid()}"
+    beside = folder.parent / f".writing-{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _fill(beside, files)
@@ -265,19 +273,25 @@ def read_records(root: Path, track: str | None = None) -> tuple[list[Record], li
     """
     records: list[Record] = []
     skipped: list[Skipped] = []
-    tracks = _folders(root) if track is None else [root / track]
+    tracks = folders_in(root) if track is None else [root / track]
     for track_folder in tracks:
         if track_folder.name in NO_TRACK:
             continue
-        for folder in _folders(track_folder):
+        for folder in folders_in(track_folder):
             try:
                 records.append(read_record(folder))
             except RecordError as error:
-                skipped.append(Skipped(folder, str(error)))
+                if not holds_import(folder):
+                    skipped.append(Skipped(folder, str(error)))
     return records, skipped
 
 
-def _folders(parent: Path) -> list[Path]:
+def holds_import(folder: Path) -> bool:
+    """Whether a folder holds what was imported from a foreign log, and no record of ours."""
+    return (folder / IMPORT_FILE).exists() and not os.path.lexists(folder / "record.json")
+
+
+def folders_in(parent: Path) -> list[Path]:
     """Visible folders in `parent`, in order of name; none when it is not there."""
     try:
         with os.scandir(parent) as entries:
@@ -431,13 +445,14 @@ def _check_for(hint: Any) -> Callable[[Any], Any]:
         dict[str, Any]: _config,
         dict[str, float]: _clock,
         tuple[ValidationPoint, ...]: _curve,
-        tuple[str, ...]: _texts,
     }
     if hint in simple:
         return simple[hint]
     if get_origin(hint) is types.UnionType:
         inner = _check_for(get_args(hint)[0])
         return lambda value: None if value is None else inner(value)
+    if get_origin(hint) is tuple:
+        return partial(_list_of, _check_for(get_args(hint)[0]))
     return partial(read_fields, hint)
 
 
@@ -478,10 +493,16 @@ def _text(value: object) -> str:
     return value
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _list_of(check: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise RecordError(f"is {_shown(value)}; wanted a list of texts")
-    return tuple(map(_text, value))
+        raise RecordError(f"is {_shown(value)}; wanted a list")
+    found = []
+    for index, item in enumerate(value):
+        try:
+            found.append(check(item))
+        except RecordError as error:
+            raise error.within(f"[{index}]") from None
+    return tuple(found)
 
 
 def _config(value: object) -> dict[str, Any]:

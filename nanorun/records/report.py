@@ -142,7 +142,7 @@ def build_table(
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
     """
-    start = _moment(since)
+    start = moment(since)
     of_track = [record for record in records if record.track == track.name]
     kept = [
         record
@@ -170,7 +170,8 @@ def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row
     return _told_apart(pairs)
 
 
-def _moment(since: str | None) -> datetime.datetime | None:
+def moment(since: str | None) -> datetime.datetime | None:
+    """Return the time that `--since` says, or None without one; UserError where it is none."""
     if since is None:
         return None
     try:
@@ -187,29 +188,33 @@ def row_groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records that may be averaged with one another, oldest first in each group."""
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.created, record.id)):
-        key = json.dumps([record.name, record.optimizer, _identity(record)], sort_keys=True)
+        key = json.dumps([record.name, record.optimizer, identity(record)], sort_keys=True)
         groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 
-def _identity(record: Record) -> dict[str, Any]:
+def identity(record: Record) -> dict[str, Any]:
     """All that two runs of one row have in common, the name aside, under dotted names."""
-    config = {
-        key: value
-        for key, value in _flat(record.config)
-        if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
-    }
-    if record.code.outside:
-        config["outside optimizer"] = record.code.outside
+    outside = {"outside optimizer": record.code.outside} if record.code.outside else {}
     return {
-        **LATER_KEYS,
-        **config,
+        **config_identity(record.config),
+        **outside,
         "train.steps": record.declared_steps,
         "hardware": record.hardware.label,
         "corpus manifest": record.corpus.manifest_sha256,
         "validation tokens": record.validation_tokens,
         "target": record.target_val_loss,
     }
+
+
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config has in common with those of other seeds and machines, under dotted names."""
+    kept = {
+        key: value
+        for key, value in _flat(config)
+        if key not in MACHINE_ONLY and not key.startswith(MACHINE_ONLY_TABLES)
+    }
+    return {**LATER_KEYS, **kept}
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -353,17 +358,15 @@ def _told_apart(pairs: Sequence[tuple[Row, list[Record]]]) -> list[tuple[Row, li
 def _differences(records: Sequence[Record]) -> list[str]:
     """For each record, its values of the keys in which the records are not all alike."""
     absent = object()
-    identities = [{"optimizer": record.optimizer, **_identity(record)} for record in records]
-    keys = list(dict.fromkeys(key for identity in identities for key in identity))
+    identities = [{"optimizer": record.optimizer, **identity(record)} for record in records]
+    keys = list(dict.fromkeys(key for one in identities for key in one))
     first = identities[0]
     differing = [
-        key
-        for key in keys
-        if any(identity.get(key, absent) != first.get(key, absent) for identity in identities[1:])
+        key for key in keys if any(one.get(key, absent) != first.get(key, absent) for one in identities[1:])
     ]
     return [
-        "; ".join(f"{key} = {_value(identity[key])}" for key in differing if key in identity) or "fewer keys"
-        for identity in identities
+        "; ".join(f"{key} = {_value(one[key])}" for key in differing if key in one) or "fewer keys"
+        for one in identities
     ]
 
 

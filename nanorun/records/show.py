@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from nanorun.errors import UserError, printable
+from nanorun.records import imported_table
+from nanorun.records.imported import ImportedRun, read_imported
 from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
     Table,
@@ -32,15 +34,21 @@ def report_text(
     `form` is `table` (for this console), `markdown`, `csv`, `json` or `html`.
     """
     records, skipped = read_records(root, track)
-    held = {record.track for record in records} | {one.path.parent.name for one in skipped}
+    imports, unreadable = read_imported(root, track)
+    held = {record.track for record in records} | {one.track for one in imports}
+    held |= {one.path.parent.name for one in (*skipped, *unreadable)}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
     states = states_of(root, records)
     tables = [_table(name, records, skipped, since, hardware, states) for name in names]
     for name in sorted(held - set(known)) if track is None else []:
         _aside(f"{root / name} holds records of a track that is not here: add ./configs/{name}/track.toml")
+    foreign = [_imported_table(name, imports, unreadable, since, hardware) for name in names]
     if form == "json":
-        documents = [to_dict(table) for table in tables]
+        documents = [
+            {**to_dict(table), "imported": imported_table.to_dict(other)}
+            for table, other in zip(tables, foreign)
+        ]
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     if form == "html":
@@ -48,20 +56,25 @@ def report_text(
     if form == "csv":
         if len(tables) > 1:
             raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
-        for path, why in tables[0].skipped:
+        for path, why in tables[0].skipped + foreign[0].skipped:
             _aside(f"skipped {path}: {why}")
+        if foreign[0].rows:
+            _aside("imported logs are left out of the CSV; --format json has them")
         return to_csv(tables[0])
     if form == "markdown":
-        return "\n".join(to_markdown(table) for table in tables)
+        return "\n".join(
+            to_markdown(table) + imported_table.to_markdown(other) for table, other in zip(tables, foreign)
+        )
     place = "" if root == Path("records") else f" --records {root}"
     with console.capture() as captured:
-        for table in tables:
+        for table, other in zip(tables, foreign):
             print_terminal(table, console)
             if table.rows:
                 presets = preset_names(load_track(table.track.name))
                 console.print(
                     f"next: {next_command(table, presets, place)}", style="dim", markup=False, highlight=False
                 )
+            imported_table.print_imported(other, console)
     return captured.get()
 
 
@@ -82,6 +95,15 @@ def _page(tables: list[Table], states: dict[str, State]) -> str:
 def _aside(line: str) -> None:
     """Say what the form itself has no place for."""
     print(printable(line), file=sys.stderr)
+
+
+def _imported_table(
+    name: str, imports: list[ImportedRun], skipped: list[Skipped], since: str | None, hardware: str | None
+) -> imported_table.ImportedTable:
+    of_track = [one for one in skipped if one.path.parent.name == name]
+    return imported_table.build_imported_table(
+        name, imports, skipped=of_track, since=since, hardware=hardware
+    )
 
 
 def _table(

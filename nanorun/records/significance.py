@@ -1,4 +1,4 @@
-"""How sure a result is: whether losses lie below a target, and how two sets of seconds compare.
+"""How sure a result is: whether losses lie below a target, and how two sets of losses or seconds compare.
 
 Only `scipy.special` is used, imported late: `scipy.stats` takes four times as long to import, longer than the
 rest of a report. The tests hold these formulas against `scipy.stats`.
@@ -13,6 +13,11 @@ from dataclasses import dataclass
 RULES = ("t", "margin", "z")
 SAME_LOSS = 1e-9
 """Losses (nats) closer than this are one run counted several times: seeds never agree so well."""
+ROUNDING = 1e-9
+"""What a margin may fall short by, in nats: the error of the arithmetic, which makes (3.28 - 3.278)·√4 a little less
+than 0.004. Logs print losses to 1e-5, so no two printed means are so close."""
+LARGEST_LOSS = 1e6
+"""Nats; a model that guesses at random has about 10, and what is far above is no validation loss."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,21 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class DifferenceEstimate:
+    """By how much the mean of one set of losses exceeds another's, with a 95 % interval."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    """Two-sided, against no difference."""
+    effect_size: float | None
+    """Hedges' g: the difference over the pooled standard deviation, less its bias for few runs."""
+    n_a: int
+    n_b: int
+
+
+@dataclass(frozen=True)
 class RatioEstimate:
     """By how much one set of seconds exceeds another: ratio of geometric means, with a 95 % interval."""
 
@@ -102,11 +122,20 @@ def judge(rule: Rule, losses: Sequence[float], target: float) -> Verdict:
     differ at all have no t statistic: they are one run repeated, so they do not pass and have no p-value.
     """
     n = len(losses)
-    bad = [loss for loss in losses if not math.isfinite(loss)]
+    bad = [loss for loss in losses if not abs(loss) <= LARGEST_LOSS]
     if bad:
-        return Verdict(n, None, None, None, None, False, f"{len(bad)} of {n} final losses are not finite")
+        what = f"are not finite or above {LARGEST_LOSS:g}"
+        return Verdict(n, None, None, None, None, False, f"{len(bad)} of {n} final losses {what}")
     if n == 0:
-        return Verdict(0, None, None, None, None, False, f"no full run; the rule asks for {rule.n} seeds")
+        return Verdict(
+            0,
+            None,
+            None,
+            None,
+            None,
+            False,
+            f"no full run; the rule asks for {rule.n} seed{'s' * (rule.n > 1)}",
+        )
     center, spread = mean(losses), std(losses)
     margin = (target - center) * math.sqrt(n)
     p_value, passes, why = _apply(rule, losses, target)
@@ -121,7 +150,7 @@ def _apply(rule: Rule, losses: Sequence[float], target: float) -> tuple[float | 
     margin = (target - center) * math.sqrt(n)
     if rule.rule == "margin":
         assert rule.margin is not None
-        passes = margin >= rule.margin
+        passes = margin >= rule.margin - ROUNDING
         why = f"({target:g} - mean)·√n = {margin:.4g}, {'≥' if passes else '<'} {rule.margin:g}"
         return None, passes, why
     from scipy.special import ndtr, stdtr
@@ -155,20 +184,67 @@ def compare_seconds(a: Sequence[float], b: Sequence[float]) -> RatioEstimate:
             raise ValueError(f"{value} seconds; wanted a finite number above 0")
     log_a, log_b = [math.log(value) for value in a], [math.log(value) for value in b]
     difference = mean(log_a) - mean(log_b)
-    std_a, std_b = std(log_a), std(log_b)
-    if std_a is None or std_b is None or std_a == std_b == 0:
-        return RatioEstimate(math.exp(difference), None, None, None, len(a), len(b))
+    ratio, found = _exp(difference), _welch(log_a, log_b)
+    if ratio is None:
+        raise ValueError("the seconds of the two sides differ by more than a number can hold")
+    if found is None:
+        return RatioEstimate(ratio, None, None, None, len(a), len(b))
+    half, p_value = found
+    return RatioEstimate(ratio, _exp(difference - half), _exp(difference + half), p_value, len(a), len(b))
+
+
+def _exp(value: float) -> float | None:
+    """e to the power of `value`; None where that is no number."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return None
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """(half of the 95 % interval of mean(a) - mean(b), two-sided p-value), by Welch's t-test.
+
+    None with fewer than two on either side, or no spread at all.
+    """
+    std_a, std_b = std(a), std(b)
+    if std_a is None or std_b is None:
+        return None
+    var_a, var_b = std_a**2 / len(a), std_b**2 / len(b)
+    if not var_a + var_b > 0:
+        return None
     from scipy.special import stdtr, stdtrit
 
-    var_a, var_b = std_a**2 / len(a), std_b**2 / len(b)
+    share = var_a / (var_a + var_b)
+    freedom = 1 / (share**2 / (len(a) - 1) + (1 - share) ** 2 / (len(b) - 1))
     error = math.sqrt(var_a + var_b)
-    freedom = (var_a + var_b) ** 2 / (var_a**2 / (len(a) - 1) + var_b**2 / (len(b) - 1))
-    half = float(stdtrit(freedom, 0.975)) * error
-    return RatioEstimate(
-        ratio=math.exp(difference),
-        low=math.exp(difference - half),
-        high=math.exp(difference + half),
-        p_value=2 * float(stdtr(freedom, -abs(difference) / error)),
-        n_a=len(a),
-        n_b=len(b),
-    )
+    t = abs(mean(a) - mean(b)) / error
+    return float(stdtrit(freedom, 0.975)) * error, 2 * float(stdtr(freedom, -t))
+
+
+def compare_means(a: Sequence[float], b: Sequence[float]) -> DifferenceEstimate:
+    """Return mean(a) - mean(b) with a 95 % interval by Welch's t-test, and Hedges' g.
+
+    With fewer than two on either side, or no spread at all, there is a difference and no interval; g asks for
+    two degrees of freedom. Raises ValueError for losses that no model has.
+    """
+    if not a or not b:
+        raise ValueError(f"{len(a)} and {len(b)} losses; wanted at least one on each side")
+    for value in (*a, *b):
+        if not abs(value) <= LARGEST_LOSS:
+            raise ValueError(f"a loss of {value}; wanted a finite number up to {LARGEST_LOSS:g}")
+    difference = mean(a) - mean(b)
+    found = _welch(a, b)
+    low, high, p_value = (difference - found[0], difference + found[0], found[1]) if found else (None,) * 3
+    return DifferenceEstimate(difference, low, high, p_value, _hedges_g(a, b), len(a), len(b))
+
+
+def _hedges_g(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """The difference over the pooled spread, with the exact correction for few runs (Hedges, 1981)."""
+    freedom = len(a) + len(b) - 2
+    if freedom < 2:
+        return None
+    squares = sum((std(one) or 0.0) ** 2 * (len(one) - 1) for one in (a, b))
+    if not squares > 0:
+        return None
+    shrink = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
+    return shrink * (mean(a) - mean(b)) / math.sqrt(squares / freedom)

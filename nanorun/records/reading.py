@@ -1,0 +1,254 @@
+"""Foreign logs from files and folders: every run in them once, and every file that gave none, with why.
+
+Nothing here trusts a file. It is read in pieces of bounded size; what is no text, no file or not readable ends
+in a sentence, never in a traceback or a wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanorun.errors import UserError
+from nanorun.records.importers import IMPORTERS, Importer
+from nanorun.records.importers._runs import TooManyReadings
+from nanorun.records.logs import LoggedRun, SkippedLog
+
+SUFFIXES = frozenset({"", ".txt", ".log", ".out", ".stdout"})
+"""Of the files in a folder, those with other suffixes are passed over."""
+LONGEST_LINE = 65_536
+"""Characters; a longer line is no reading and no header, and is passed over."""
+MAX_PREAMBLE_CHARS = 64 * 2**20
+"""A file without a reading in so much text is no log."""
+_BUFFER_BYTES = 2**18
+_PREFIXES = tuple(prefix for importer in IMPORTERS for prefix in importer.PREFIXES)
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""What a text may begin with to say its encoding; Windows shells write the second."""
+
+
+class LogReading(NamedTuple):
+    """All that was found under some paths."""
+
+    runs: tuple[LoggedRun, ...]
+    """In order of the paths, then of the files' names, then of the files; each run once."""
+    skipped: tuple[SkippedLog, ...]
+    """Files without a run, and copies of runs that are kept."""
+    n_files: int
+    """Files that hold at least one run, those that hold only copies included."""
+
+
+def read_logs(paths: Sequence[Path]) -> LogReading:
+    """Return the runs in files, and in folders with all that lies below them.
+
+    Of a folder only files with `SUFFIXES` are read, and links that lead out of it are not followed. Raises
+    UserError for a path that is not there.
+    """
+    runs: list[LoggedRun] = []
+    skipped: list[SkippedLog] = []
+    sources: dict[str, str] = {}
+    n_files = 0
+    for path, why in _files_under(paths):
+        found = [] if why else _runs_in(path)
+        if isinstance(found, str):
+            why, found = found, []
+        if why:
+            skipped.append(SkippedLog(str(path), why))
+        n_files += bool(found)
+        runs += (_sharing_source(run, sources) for run in found)
+    kept, copies = _without_copies(runs)
+    return LogReading(tuple(kept), tuple(skipped + copies), n_files)
+
+
+def _sharing_source(run: LoggedRun, sources: dict[str, str]) -> LoggedRun:
+    """The run with its source taken from `sources`, so that a thousand logs of one script hold it once."""
+    if run.source is None or run.source_sha256 is None:
+        return run
+    return dataclasses.replace(run, source=sources.setdefault(run.source_sha256, run.source))
+
+
+def _files_under(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    """Each file to read once, with an empty text, or why it cannot be read."""
+    seen: set[Path] = set()
+    for path in paths:
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such file or folder; name logs, or folders that hold logs")
+        for found, why in _walk(path) if path.is_dir() else ((path, ""),):
+            real = Path(os.path.realpath(found))
+            if real not in seen:
+                seen.add(real)
+                yield found, why
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The visible files below a folder in order of their names, and what of it cannot be looked into."""
+    root = os.path.realpath(folder)
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if os.path.isdir(path) and (path is folder or not path.is_symlink()):
+            try:
+                names = sorted(os.listdir(path), reverse=True)
+            except OSError as error:
+                yield path, f"the folder cannot be read: {error.strerror}"
+                continue
+            waiting += (path / name for name in names if not name.startswith("."))
+        elif path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
+            continue
+        elif path.is_symlink() and not os.path.realpath(path).startswith(root + os.sep):
+            yield path, "is a link that leads out of the folder; name it to have it read"
+        else:
+            yield path, ""
+
+
+def _runs_in(path: Path) -> list[LoggedRun] | str:
+    """The runs of one file, or why it holds none."""
+    try:
+        # A pipe without a writer would be waited for, were it opened in the usual way.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with _HashedFile(descriptor) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return "is no regular file"
+            return _read(file, path)
+    except TooManyReadings as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def _read(file: _HashedFile, path: Path) -> list[LoggedRun] | str:
+    start = os.pread(file.fileno(), 8192, 0)
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+    if not start:
+        return "is empty"
+    if b"\0" in start and encoding != "utf-16":
+        return "is no text"
+    formats = _formats(_lines(file, encoding))
+    if isinstance(formats, str):
+        return formats
+    for importer in formats:
+        file.restart()
+        runs = importer.read(_lines(file, encoding), str(path))
+        if runs:
+            digest = file.sha256.hexdigest()
+            return [dataclasses.replace(run, file_sha256=digest) for run in runs]
+    return "holds training steps and no validation that can be read"
+
+
+def _formats(lines: Iterator[str]) -> list[Importer] | str:
+    """The importers that may read a log, by its first reading; or why there are none."""
+    n_chars = 0
+    for line in lines:
+        n_chars += len(line)
+        if line.startswith(_PREFIXES):
+            found = [importer for importer in IMPORTERS if importer.recognises(line)]
+            if found:
+                return found + [importer for importer in IMPORTERS if importer not in found]
+        elif n_chars > MAX_PREAMBLE_CHARS:
+            return f"holds no reading of a format we know in its first {MAX_PREAMBLE_CHARS:,} characters"
+    return "holds no reading of a format we know"
+
+
+def _lines(file: _HashedFile, encoding: str) -> Iterator[str]:
+    """The lines of a file with their ends, `\\n` alone; over-long ones are left out."""
+    text = io.TextIOWrapper(
+        io.BufferedReader(file, _BUFFER_BYTES), encoding=encoding, errors="replace", newline="\n"
+    )
+    too_long = False
+    try:
+        for line in iter(partial(text.readline, LONGEST_LINE), ""):
+            whole = line.endswith("\n")
+            if not too_long and (whole or len(line) < LONGEST_LINE):
+                yield line
+            too_long = not whole
+    finally:
+        text.detach().detach()  # or the file would be closed with them
+
+
+class _HashedFile(io.RawIOBase):
+    """A regular file that hashes what is read of it from its start."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.restart()
+
+    def restart(self) -> None:
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.read(self._descriptor, len(buffer))
+        buffer[: len(data)] = data
+        self.sha256.update(data)
+        return len(data)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+
+def _without_copies(runs: Sequence[LoggedRun]) -> tuple[list[LoggedRun], list[SkippedLog]]:
+    """The runs that are kept, and those that only repeat one of them, or a part of one.
+
+    A run is a copy when the validations of a kept one hold all of its own, seconds included, its last one too.
+    Of several names of one run the one that says most is kept; of those, the first.
+    """
+    by_last: dict[tuple[object, ...], list[LoggedRun]] = {}
+    for run in runs:
+        by_last.setdefault((run.format, run.points[-1]), []).append(run)
+    copies: dict[int, LoggedRun] = {}
+    for alike in by_last.values():
+        kept: list[LoggedRun] = []
+        for run in sorted(alike, key=_says, reverse=True):
+            original = next((other for other in kept if _is_copy(run, other)), None)
+            if original is None:
+                kept.append(run)
+            else:
+                copies[id(run)] = original
+    return (
+        [run for run in runs if id(run) not in copies],
+        [SkippedLog(run.file, _copy_text(run, copies[id(run)])) for run in runs if id(run) in copies],
+    )
+
+
+def _says(run: LoggedRun) -> tuple[int, bool, int]:
+    """How much a log says of a run."""
+    machine = run.machine
+    known = [
+        machine.gpu,
+        machine.world_size,
+        machine.driver,
+        machine.torch,
+        machine.peak_memory_mib,
+        run.seed,
+    ]
+    return len(run.points), run.source is not None, sum(value is not None for value in known)
+
+
+def _is_copy(run: LoggedRun, other: LoggedRun) -> bool:
+    """Whether `run` repeats `other`; without a clock a few equal losses are no proof."""
+    if run.train_seconds is None and len(run.points) < 3:
+        return run.file_sha256 == other.file_sha256 and run.run == other.run
+    if run.train_seconds is None:
+        return run.points == other.points
+    return set(run.points) <= set(other.points)
+
+
+def _copy_text(run: LoggedRun, original: LoggedRun) -> str:
+    what = "a copy" if run.points == original.points else f"{len(run.points)} of the validations"
+    which = f"run {run.run} " if run.run else ""
+    of = f"run {original.run} of {original.file}" if original.run else original.file
+    return f"{which}holds {what} of {of}"
