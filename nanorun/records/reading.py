@@ -6,15 +6,14 @@ in a sentence, never in a traceback or a wait.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
-import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanorun.errors import UserError
 from nanorun.records.importers import IMPORTERS, Importer
@@ -112,32 +111,35 @@ def _runs_in(path: Path) -> list[LoggedRun] | str:
     try:
         # A pipe without a writer would be waited for, were it opened in the usual way.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with _HashedFile(descriptor) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return "is no regular file"
-            return _read(file, path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return "is no regular file"
+        return _read(descriptor, path)
     except TooManyReadings as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+    finally:
+        os.close(descriptor)
 
 
-def _read(file: _HashedFile, path: Path) -> list[LoggedRun] | str:
-    start = os.pread(file.fileno(), 8192, 0)
+def _read(descriptor: int, path: Path) -> list[LoggedRun] | str:
+    start = os.pread(descriptor, 8192, 0)
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
     if not start:
         return "is empty"
     if b"\0" in start and encoding != "utf-16":
         return "is no text"
-    formats = _formats(_lines(file, encoding))
+    formats = _formats(_lines(descriptor, encoding, hashlib.sha256()))
     if isinstance(formats, str):
         return formats
     for importer in formats:
-        file.restart()
-        runs = importer.read(_lines(file, encoding), str(path))
+        digest = hashlib.sha256()
+        runs = importer.read(_lines(descriptor, encoding, digest), str(path))
         if runs:
-            digest = file.sha256.hexdigest()
-            return [dataclasses.replace(run, file_sha256=digest) for run in runs]
+            return [dataclasses.replace(run, file_sha256=digest.hexdigest()) for run in runs]
     return "holds training steps and no validation that can be read"
 
 
@@ -155,49 +157,23 @@ def _formats(lines: Iterator[str]) -> list[Importer] | str:
     return "holds no reading of a format we know"
 
 
-def _lines(file: _HashedFile, encoding: str) -> Iterator[str]:
-    """The lines of a file with their ends, `\\n` alone; over-long ones are left out."""
-    text = io.TextIOWrapper(
-        io.BufferedReader(file, _BUFFER_BYTES), encoding=encoding, errors="replace", newline="\n"
-    )
-    too_long = False
-    try:
-        for line in iter(partial(text.readline, LONGEST_LINE), ""):
-            whole = line.endswith("\n")
-            if not too_long and (whole or len(line) < LONGEST_LINE):
-                yield line
-            too_long = not whole
-    finally:
-        text.detach().detach()  # or the file would be closed with them
-
-
-class _HashedFile(io.RawIOBase):
-    """A regular file that hashes what is read of it from its start."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.restart()
-
-    def restart(self) -> None:
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        self.sha256 = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = os.read(self._descriptor, len(buffer))
-        buffer[: len(data)] = data
-        self.sha256.update(data)
-        return len(data)
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+def _lines(descriptor: int, encoding: str, digest: hashlib._Hash) -> Iterator[str]:
+    """The lines of a file with their ends, `\\n` alone; over-long ones are left out. All bytes go to `digest`."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    decode = codecs.getincrementaldecoder(encoding)("replace").decode
+    begun, too_long = "", False
+    while data := os.read(descriptor, _BUFFER_BYTES):
+        digest.update(data)
+        *whole, begun = (begun + decode(data)).split("\n")
+        for line in whole:
+            if not too_long and len(line) < LONGEST_LINE:
+                yield line + "\n"
+            too_long = False
+        if too_long or len(begun) >= LONGEST_LINE:
+            begun, too_long = "", True
+    begun += decode(b"", True)
+    if begun and not too_long:
+        yield begun
 
 
 def _without_copies(runs: Sequence[LoggedRun]) -> tuple[list[LoggedRun], list[SkippedLog]]:
