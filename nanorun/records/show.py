@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from nanorun.errors import UserError, printable
-from nanorun.records.record import Record, Skipped, read_records
+from nanorun.records.index import indexed_records
+from nanorun.records.record import Record, Skipped
 from nanorun.records.report import (
     Table,
     TrackView,
@@ -30,7 +31,7 @@ def report_text(
 
     `form` is `table` (for this console), `markdown`, `csv` or `json`.
     """
-    records, skipped = read_records(root, track)
+    records, skipped = indexed_records(root, track, _target_of)
     held = {record.track for record in records} | {one.path.parent.name for one in skipped}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
@@ -59,6 +60,14 @@ def report_text(
                     f"next: {next_command(table, presets, place)}", style="dim", markup=False, highlight=False
                 )
     return captured.get()
+
+
+def _target_of(track: str) -> float | None:
+    """The target of a track that can be read; what is wrong with another is said where its table is made."""
+    try:
+        return load_track(track).target_val_loss
+    except UserError:
+        return None
 
 
 def _aside(line: str) -> None:
