@@ -117,6 +117,8 @@ class Table:
     skipped: tuple[Skipped, ...]
     filtered_out: int
     """Records of this track that `hardware` and `since` left out."""
+    members: tuple[tuple[str, ...], ...] = ()
+    """For each row the ids of its records, oldest first."""
 
 
 def build_table(
@@ -145,7 +147,8 @@ def build_table(
     rows = tuple(row for row, _ in pairs)
     if track.scored_in == "seconds" and len({row.hardware for row in rows if row.counts}) > 1:
         notes.append("ranks compare seconds of different hardware; --hardware keeps one machine")
-    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept))
+    members = tuple(tuple(record.id for record in group) for _, group in pairs)
+    return Table(track, rows, tuple(notes), tuple(skipped), len(of_track) - len(kept), members)
 
 
 def ranked_groups(track: TrackView, records: Iterable[Record]) -> list[tuple[Row, list[Record]]]:

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from nanorun.errors import UserError, printable
+from nanorun.records.curves import terminal_lines, to_svg
 from nanorun.records.index import indexed_records
 from nanorun.records.record import Record, Skipped
 from nanorun.records.report import (
     Table,
     TrackView,
     build_table,
+    encodable,
     next_command,
     print_terminal,
     to_csv,
@@ -25,13 +28,22 @@ from nanorun.tracks import DEFAULT_TRACK, load_track, preset_names, track_names
 
 
 def report_text(
-    root: Path, *, track: str | None, form: str, since: str | None, hardware: str | None, console: Console
+    root: Path,
+    *,
+    track: str | None,
+    form: str,
+    since: str | None,
+    hardware: str | None,
+    console: Console,
+    x: str | None = None,
+    curves: bool | None = False,
 ) -> str:
     """Return the report of one track, or of every track that has records under `root`.
 
-    `form` is `table` (for this console), `markdown`, `csv` or `json`.
+    `form` is `table` (for this console), `markdown`, `csv`, `json` or `svg`. `x` is what curves run against, None for
+    what the track is scored in; `curves` says whether the table has them under it, None for a terminal's alone.
     """
-    records, skipped = indexed_records(root, track, _target_of)
+    records, skipped = indexed_records(root, track, target_of)
     held = {record.track for record in records} | {one.path.parent.name for one in skipped}
     known = track_names()
     names = [track] if track else [name for name in known if name in held] or [DEFAULT_TRACK]
@@ -42,28 +54,37 @@ def report_text(
         documents = [to_dict(table) for table in tables]
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
-    if form == "csv":
+    if form in ("csv", "svg"):
         if len(tables) > 1:
-            raise UserError(f"one CSV holds one track, and {', '.join(names)} have records: add --track NAME")
+            what = form.upper()
+            raise UserError(
+                f"one {what} holds one track, and {', '.join(names)} have records: add --track NAME"
+            )
         for path, why in tables[0].skipped:
             _aside(f"skipped {path}: {why}")
-        return to_csv(tables[0])
+        return to_csv(tables[0]) if form == "csv" else to_svg(tables[0], root, x)
     if form == "markdown":
         return "\n".join(to_markdown(table) for table in tables)
-    place = "" if root == Path("records") else f" --records {root}"
     with console.capture() as captured:
         for table in tables:
-            print_terminal(table, console)
-            if table.rows:
-                presets = preset_names(load_track(table.track.name))
-                console.print(
-                    f"next: {next_command(table, presets, place)}", style="dim", markup=False, highlight=False
-                )
+            _print_table(table, root, console, x, curves)
     return captured.get()
 
 
-def _target_of(track: str) -> float | None:
-    """The target of a track that can be read; what is wrong with another is said where its table is made."""
+def _print_table(table: Table, root: Path, console: Console, x: str | None, curves: bool | None) -> None:
+    """Print one table for people, its curves where they are wanted, and the next command."""
+    print_terminal(table, console)
+    if console.is_terminal if curves is None else curves:
+        for line in terminal_lines(table, root, x, console, asked=bool(curves)):
+            console.print(Text(encodable(line, console.encoding)), no_wrap=True, overflow="crop")
+    if table.rows:
+        place = "" if root == Path("records") else f" --records {root}"
+        command = next_command(table, preset_names(load_track(table.track.name)), place)
+        console.print(f"next: {command}", style="dim", markup=False, highlight=False)
+
+
+def target_of(track: str) -> float | None:
+    """Return the target of a track that can be read; what is wrong with another is said where its table is made."""
     try:
         return load_track(track).target_val_loss
     except UserError:
