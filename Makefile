@@ -1,4 +1,4 @@
-# make setup | test | speedrun | check. Override: PYTHON, VENV, TRACK, SEEDS, OPTIMS.
+# make setup | test | speedrun | check | records-readme. Override: PYTHON, VENV, TRACK, SEEDS, OPTIMS.
 PYTHON ?= python3
 VENV ?= .venv
 TRACK ?= sotu
@@ -9,7 +9,7 @@ RECORDS ?= records
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup setup-test test test-fast speedrun check format clean
+.PHONY: setup setup-test test test-fast speedrun records-readme check format clean
 
 setup: $(VENV)/.installed
 
@@ -38,10 +38,15 @@ speedrun: setup
 	done; \
 	$(BIN)/nanorun report --track $(TRACK) --records $(RECORDS) --since $$since
 
+# After a record was added, or a merge conflicted in it.
+records-readme: setup
+	$(BIN)/nanorun report --readme
+
 check: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/nanorun report --readme --check
 	$(BIN)/python -m pytest -m "not slow"
 
 format: setup-test

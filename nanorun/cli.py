@@ -35,6 +35,12 @@ TRACKS = (
 DataDir = Annotated[Path, typer.Option("--data", help="Folder of prepared data.")]
 RecordsDir = Annotated[Path, typer.Option("--records", help="Folder of records.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
+Curves = Annotated[
+    bool | None,
+    typer.Option(
+        "--curves/--no-curves", help="Small curves under the table; by default on a terminal alone."
+    ),
+]
 
 
 @app.command("prepare-data", epilog="Example: nanorun prepare-data text --input notes/ --tokenizer byte")
@@ -158,8 +164,10 @@ def _is_given(context: typer.Context, key: str) -> bool:
 def report(
     track: Annotated[str | None, typer.Option(help="One track; all that have records without it.")] = None,
     format: Annotated[
-        Literal["table", "markdown", "csv", "json", "html"],
-        typer.Option(help="How to print it; html: one page with charts that needs no network."),
+        Literal["table", "markdown", "csv", "json", "svg", "html"],
+        typer.Option(
+            help="How to print it; svg: the loss curves of one track; html: one page with charts, no network."
+        ),
     ] = "table",
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     records: RecordsDir = Path("records"),
@@ -167,14 +175,44 @@ def report(
         str | None, typer.Option(help="Only records from this day or time on (UTC, ISO 8601).")
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="Only machines whose name contains this.")] = None,
+    x: Annotated[
+        Literal["seconds", "steps", "tokens"] | None,
+        typer.Option("--x", help="What curves run against; by default what the track is scored in."),
+    ] = None,
+    curves: Curves = None,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Render README.md in the folder of records: every track's table.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="With --readme: write nothing, and exit with 1 if it is stale."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the records table: who reaches the target soonest, and how sure that is."""
+    if readme or check:
+        from nanorun.records.readme import render_readme
+
+        chosen = track or since or hardware or x or curves is not None or format != "table" or as_json
+        if not readme or chosen:
+            raise UserError(
+                "--readme renders every record; beside it go --check, --records and --out alone"
+                if readme
+                else "--check says whether the README is stale; add --readme"
+            )
+        typer.echo(render_readme(records, out=out, check=check), err=True)
+        return
     from nanorun.records.show import report_text
 
-    form = "json" if as_json else format
     text = report_text(
-        records, track=track, form=form, since=since, hardware=hardware, console=_console(False)
+        records,
+        track=track,
+        form="json" if as_json else format,
+        since=since,
+        hardware=hardware,
+        console=_console(False),
+        x=x,
+        curves=curves if out is None else bool(curves),
     )
     _hand_over(text, out)
 
@@ -221,12 +259,7 @@ def score(
         Literal["profiles", "tau-max"],
         typer.Option(help="The curves: performance profiles, or the score against where they end."),
     ] = "profiles",
-    curves: Annotated[
-        bool | None,
-        typer.Option(
-            "--curves/--no-curves", help="Small curves under the table; by default on a terminal alone."
-        ),
-    ] = None,
+    curves: Curves = None,
     out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
     records: RecordsDir = Path("records"),
     hardware: Annotated[
@@ -246,7 +279,7 @@ def score(
         plot=plot,
         records=records,
         hardware=hardware,
-        curves=curves,
+        curves=curves if out is None else bool(curves),
         console=_console(False),
     )
     _hand_over(text, out)

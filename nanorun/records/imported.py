@@ -26,11 +26,12 @@ from nanorun.records.record import (
     RecordError,
     Skipped,
     check_version,
-    folders_in,
     holds_import,
     is_utc_time,
     load_json,
     read_fields,
+    track_folders,
+    visible_folders,
     record_id,
     write_folder,
 )
@@ -206,10 +207,8 @@ def read_imported(root: Path, track: str | None = None) -> tuple[list[ImportedRu
     """Return the imports under `root`, of one track or of all, and those that cannot be believed, with why."""
     found: list[ImportedRun] = []
     skipped: list[Skipped] = []
-    for track_folder in folders_in(root) if track is None else [root / track]:
-        if track_folder.name in NO_TRACK:
-            continue
-        for folder in folders_in(track_folder):
+    for track_folder in track_folders(root, track):
+        for folder in visible_folders(track_folder):
             if holds_import(folder):
                 try:
                     found.append(read_import(folder))

@@ -182,7 +182,7 @@ class Record:
         """
         check_version(content)
         record: Record = read_fields(cls, content)
-        _check_sense(record)
+        check_sense(record)
         return record
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,11 +273,8 @@ def read_records(root: Path, track: str | None = None) -> tuple[list[Record], li
     """
     records: list[Record] = []
     skipped: list[Skipped] = []
-    tracks = folders_in(root) if track is None else [root / track]
-    for track_folder in tracks:
-        if track_folder.name in NO_TRACK:
-            continue
-        for folder in folders_in(track_folder):
+    for track_folder in track_folders(root, track):
+        for folder in visible_folders(track_folder):
             try:
                 records.append(read_record(folder))
             except RecordError as error:
@@ -291,8 +288,14 @@ def holds_import(folder: Path) -> bool:
     return (folder / IMPORT_FILE).exists() and not os.path.lexists(folder / "record.json")
 
 
-def folders_in(parent: Path) -> list[Path]:
-    """Visible folders in `parent`, in order of name; none when it is not there."""
+def track_folders(root: Path, track: str | None = None) -> list[Path]:
+    """Return the folder of one track, there or not, or those of all tracks under `root`."""
+    folders = visible_folders(root) if track is None else [root / track]
+    return [folder for folder in folders if folder.name not in NO_TRACK]
+
+
+def visible_folders(parent: Path) -> list[Path]:
+    """Return the visible folders in `parent`, in order of name; none when it is not there."""
     try:
         with os.scandir(parent) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._")
@@ -353,8 +356,8 @@ def check_version(content: object, what: str = "the record") -> None:
         )
 
 
-def _check_sense(record: Record) -> None:
-    """Raise RecordError where fields that are each well formed contradict one another."""
+def check_sense(record: Record) -> None:
+    """Return nothing, or raise RecordError where fields that are each well formed contradict one another."""
     _check_words(record)
     if record.steps > record.declared_steps:
         raise RecordError(f"is {record.steps}, beyond the declared {record.declared_steps}", "steps")
@@ -433,6 +436,11 @@ def _checks_of(cls: type) -> tuple[tuple[str, Callable[[Any], Any], bool], ...]:
         (field.name, _check_for(hints[field.name]), field.default is dataclasses.MISSING)
         for field in dataclasses.fields(cls)
     )
+
+
+def field_checks() -> dict[str, Callable[[Any], Any]]:
+    """Return for each field of a record, in their order, what turns its JSON into its value or raises RecordError."""
+    return {name: check for name, check, _ in _checks_of(Record)}
 
 
 def _check_for(hint: Any) -> Callable[[Any], Any]:

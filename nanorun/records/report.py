@@ -187,10 +187,28 @@ def moment(since: str | None) -> datetime.datetime | None:
 def row_groups(records: Iterable[Record]) -> list[list[Record]]:
     """Records that may be averaged with one another, oldest first in each group."""
     groups: dict[str, list[Record]] = {}
+    known: dict[tuple[object, ...], str] = {}
     for record in sorted(records, key=lambda record: (record.created, record.id)):
-        key = json.dumps([record.name, record.optimizer, identity(record)], sort_keys=True)
-        groups.setdefault(key, []).append(record)
+        alike = _shared_parts(record)
+        if alike not in known:
+            known[alike] = json.dumps([record.name, record.optimizer, identity(record)], sort_keys=True)
+        groups.setdefault(known[alike], []).append(record)
     return list(groups.values())
+
+
+def _shared_parts(record: Record) -> tuple[object, ...]:
+    """Equal only for records of one identity, and quick: tables that are one object are told by their address.
+
+    Records from the index share theirs, so that thousands of runs are told apart without going through each config.
+    """
+    config = (
+        (key, id(value) if isinstance(value, dict | list) else repr(value))
+        for key, value in record.config.items()
+        if key not in MACHINE_ONLY
+    )
+    parts = (record.code, record.hardware, record.corpus)
+    numbers = (record.declared_steps, record.validation_tokens, record.target_val_loss)
+    return record.name, record.optimizer, *map(id, parts), *numbers, *config
 
 
 def identity(record: Record) -> dict[str, Any]:
