@@ -179,6 +179,20 @@ def test_a_record_that_claims_too_few_seconds_is_contested_only_on_a_quiet_machi
     assert "0.0 s recorded" in state_of(folder).describe()
 
 
+def test_hostile_words_of_a_record_reach_a_terminal_that_knows_ascii_alone_as_escapes(
+    make_record, shakespeare_folder
+):
+    folder = edited(make_record(), name="m\u00fc\x1b[2J", hardware={"cpu_name": "x\x1b[2J\u202e\u00d7"})
+    edited(folder, config={"name": "m\u00fc\x1b[2J"})
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, encoding="ascii")
+    reproduce(Request(str(folder), data=shakespeare_folder, by="M\u00fcller"), Console(file=out, width=300))
+    out.flush()
+    assert b"the hardware differs (x\\x1b[2J\\u202e\\xd7, " in written.getvalue()
+    assert b"reproduced by M\\xfcller" in written.getvalue()
+    assert b"\x1b" not in written.getvalue()
+
+
 def test_another_seed_is_judged_by_the_spread_of_seeds(make_record, again):
     folder = make_record()
     make_record(seed=4)

@@ -233,7 +233,7 @@ def _not_like(record: Record, again: Record, same_code: bool) -> str:
 def _with_verdict(found: Agreement, record: Record, again: Record) -> Agreement:
     """The same comparison with its verdict and the reasons for it."""
     apart = abs(found.recorded_val_loss - found.reproduced_val_loss)
-    sign = "≤" if apart <= found.loss_tolerance else ">"
+    sign = "at most" if apart <= found.loss_tolerance else "more than"
     reasons = [
         f"loss after step {found.compared_step}: {found.recorded_val_loss:.6f} recorded, "
         f"{found.reproduced_val_loss:.6f} here, {apart:.6f} apart, {sign} {found.loss_tolerance:.6f}"

@@ -586,23 +586,22 @@ def _reproduction(plan: Plan, again: Record, found: Agreement, notes: tuple[str,
 
 def _say_outcome(plan: Plan, found: Agreement, file: Path, console: Console) -> None:
     same = {True: "the same", False: "not the same"}
-    ratio = found.seconds_ratio
-    say(
-        console,
-        f"{plan.record.id}: {found.verdict}\n"
-        + "".join(f"  {reason}\n" for reason in found.reasons)
-        + f"  criterion: {found.loss_test}\n"
+    times = "" if found.seconds_ratio is None else f", {found.seconds_ratio:.2f} times as many"
+    lines = [
+        f"{plan.record.id}: {found.verdict}",
+        *(f"  {reason}" for reason in found.reasons),
+        f"  criterion: {found.loss_test}",
         f"  largest difference of {found.points_compared} validations: {found.largest_difference:.6f}, after step "
-        f"{found.largest_difference_step}\n"
-        f"  initial weights {same[found.same_initial_weights]}, final weights {same[found.same_final_weights]}, to the "
-        "bit\n"
-        f"  {found.recorded_seconds:.1f} s recorded, {found.reproduced_seconds:.1f} s here"
-        + (f", {ratio:.2f} times as many" if ratio is not None else "")
-        + f"; {found.seconds_test}\n"
+        f"{found.largest_difference_step}",
+        f"  initial weights {same[found.same_initial_weights]}, final weights {same[found.same_final_weights]}, to "
+        "the bit",
+        f"  {found.recorded_seconds:.1f} s recorded, {found.reproduced_seconds:.1f} s here{times}",
+        f"  {found.seconds_test}",
         f"written: {file}",
-    )
+    ]
     if found.verdict == "agrees":
-        say(console, f"{state_of(plan.folder).describe()}\nnext: nanorun report --track {plan.record.track}")
+        lines += [state_of(plan.folder).describe(), f"next: nanorun report --track {plan.record.track}"]
+    say(console, printable("\n".join(lines)))
 
 
 def _document(

@@ -326,6 +326,7 @@ def choices(run: Run) -> dict[str, Any]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: names in it come from files."""
+    """Print a line as it is, as far as the terminal's encoding goes: names in it come from files."""
     if text:
+        text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
