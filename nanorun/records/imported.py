@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanorun.errors import UserError
-from nanorun.names import NO_TRACK, is_track_name
+from nanorun.names import is_track_name
 from nanorun.records.logs import LoggedMachine, LoggedPoint, LoggedRun
 from nanorun.records.record import (
     FORMAT_VERSION,
@@ -30,9 +30,9 @@ from nanorun.records.record import (
     is_utc_time,
     load_json,
     read_fields,
+    record_id,
     track_folders,
     visible_folders,
-    record_id,
     write_folder,
 )
 

@@ -122,8 +122,8 @@ class Table:
     skipped: tuple[Skipped, ...]
     filtered_out: int
     """Records of this track that `hardware` and `since` left out."""
-    runs: tuple[tuple[Record, ...], ...] = ()
-    """What each row is made of, oldest first."""
+    runs: tuple[tuple[Record, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
+    """What each row is made of, oldest first; from the index, with curves thinned."""
 
 
 def build_table(

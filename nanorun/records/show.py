@@ -48,7 +48,9 @@ def report_text(
     alone.
     """
     # The page shows every record with its curve; a table does with what the index holds.
-    records, skipped = read_records(root, track) if form == "html" else indexed_records(root, track, target_of)
+    records, skipped = (
+        read_records(root, track) if form == "html" else indexed_records(root, track, target_of)
+    )
     imports, unreadable = read_imported(root, track)
     held = {record.track for record in records} | {one.track for one in imports}
     held |= {one.path.parent.name for one in (*skipped, *unreadable)}
