@@ -351,6 +351,11 @@ def test_records_of_two_machines_are_refused_until_one_is_chosen(tmp_path, nanor
     code, out, _ = nanorun("score", "--track", "sotu", "--hardware", "h100", "--json")
     assert code == 0
     assert json.loads(out)["scores"] == {"muon": pytest.approx(1.0)}
+    (tmp_path / "records/sotu/2026-01-01-broken-00000000").mkdir()
+    _, out, _ = nanorun("score", "--track", "sotu", "--hardware", "h100", "--json")
+    assert (
+        "skipped records/sotu/2026-01-01-broken-00000000: record.json is missing" in json.loads(out)["notes"]
+    )
     code, _, err = nanorun("score", "--track", "sotu", "--hardware", "TPU")
     assert (code, "no records of track 'sotu' on hardware with 'TPU'" in err) == (2, True)
 

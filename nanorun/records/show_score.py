@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +90,22 @@ def score_text(
 
 
 def _of_tracks(tracks: Sequence[str], root: Path, hardware: str | None) -> Studied:
-    from nanorun.records.record import read_records
-    from nanorun.records.report import TrackView
+    from nanorun.records.index import indexed_records
+    from nanorun.records.report import SHOWN_SKIPS, TrackView
+    from nanorun.records.show import target_of
     from nanorun.tracks import load_track
 
     if len(set(tracks)) < len(tracks):
         raise UserError("--track names a track twice; name each track once")
     views = [TrackView.of(load_track(name)) for name in tracks]
-    found = [record for name in tracks for record in read_records(root, name)[0]]
-    return of_records(views, found, hardware=hardware)
+    found = [indexed_records(root, name, target_of) for name in tracks]
+    studied = of_records(views, [record for records, _ in found for record in records], hardware=hardware)
+    skipped = [f"skipped {path}: {why}" for _, broken in found for path, why in broken]
+    if len(skipped) > SHOWN_SKIPS:
+        skipped[SHOWN_SKIPS:] = [
+            f"skipped {len(skipped) - SHOWN_SKIPS} more; nanorun report --json names them all"
+        ]
+    return replace(studied, notes=(*studied.notes, *skipped))
 
 
 def scored_times(studied: Studied, *, ruleset: str, held_out: Sequence[str]) -> Scored:
