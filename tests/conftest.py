@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanorun import cli
 from nanorun.config import resolve
 from nanorun.data.batches import token_set
 from nanorun.data.prepare import prepare
@@ -32,6 +33,25 @@ def shakespeare_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shakespeare"
     prepare("shakespeare", out=folder)
     return folder
+
+
+@pytest.fixture
+def nanorun(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process and in a folder of the test's own; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["nanorun", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture

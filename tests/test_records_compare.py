@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 from runs_samples import log_text, put_record, put_run, write_log
 
-from nanorun import cli
 from nanorun.errors import UserError
 from nanorun.records.compare import compare, print_comparison
 from nanorun.records.record import read_record
@@ -27,21 +26,6 @@ B = [1.431, 1.425, 1.444]
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def nanorun(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["nanorun", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Loss curves of a table's rows: what is averaged, what the band is, and where they are drawn."""
 
-import sys
 import xml.etree.ElementTree as ET
 
 import pytest
 from records_samples import a_dict, a_record
 from rich.console import Console
 
-from nanorun import cli
 from nanorun.records import curves
 from nanorun.records.curves import row_series, terminal_lines, to_svg
 from nanorun.records.record import Record, read_records, write_record
@@ -49,22 +47,6 @@ def root(tmp_path, monkeypatch):
             )
             write_record(tmp_path / "records", record, config_toml="", source_patch=None)
     return tmp_path / "records"
-
-
-@pytest.fixture
-def nanorun(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nanorun", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def table_of(root, **filters):

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records_samples import a_dict, a_record
 
-from nanorun import cli
 from nanorun.errors import UserError
 from nanorun.records.profiles import TAUS, held_out_pairs, performance_profiles
 from nanorun.records.record import Record, write_record
@@ -42,23 +40,6 @@ MISS = math.inf
 
 def parsed(text, where="times.csv"):
     return parse_timings(text.encode(), where)
-
-
-@pytest.fixture
-def nanorun(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nanorun", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_published_leaderboard_comes_out_to_four_decimals(nanorun):

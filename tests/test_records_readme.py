@@ -2,36 +2,21 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from records_samples import a_record
 
-from nanorun import cli
 from nanorun.records.readme import readme_text
 from nanorun.records.record import write_record
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def nanorun(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process and in a folder with two records; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _with_two_records(nanorun):
     for seed in range(2):
         write_record(Path("records"), a_record(seed=seed), config_toml="", source_patch=None)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nanorun", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_it_holds_the_table_of_every_track_with_records(nanorun):
@@ -96,7 +81,7 @@ def test_tracks_that_are_not_here_are_named_and_their_names_are_harmless(nanorun
 
 
 def test_no_records_at_all_say_how_to_make_one(tmp_path):
-    assert "Make one: `nanorun train`" in readme_text(tmp_path)
+    assert "Make one: `nanorun train`" in readme_text(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from records_samples import a_record
 from rich.console import Console
 from runs_samples import a_log, log_text, put_record, write_log
 
-from nanorun import cli
 from nanorun.errors import UserError
 from nanorun.records.logs import LoggedPoint, LoggedRun
 from nanorun.records.runs import RunsRead, from_log, from_record, group_runs
@@ -38,21 +37,6 @@ MARGIN = Rule("margin", n=1, margin=0.004)
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def nanorun(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["nanorun", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def judged(
