@@ -18,7 +18,7 @@ from nanorun import cli
 TINY = ["train.steps=4", "train.batch_tokens=512", "validation.from_step=4"]
 TINY += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
 SPRINT = ["train", "--track", "shakespeare-sprint", *(word for one in TINY for word in ("--set", one))]
-COMMANDS = ("prepare-data", "train", "report", "sample", "doctor")
+COMMANDS = ("prepare-data", "train", "report", "verify", "compare", "power", "sample", "doctor")
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ what sets the runs of one side apart, and losses that were measured on different
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 SLOPE_SHARE = 0.1
 """The slope of a curve near its end is taken over this share of its steps."""
 SHOWN_DIFFERENCES = 12
-LONGEST_SOURCE_LINES = 20_000
-MOST_DIFF_LINES = 200
+MOST_SOURCE_LINES = 100
+"""Lines of code told of each side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,20 +345,36 @@ def _one_or_all(values: list[Any]) -> Any:
 
 
 def _source_diff(a: Side, b: Side) -> tuple[str, ...]:
-    """Return the lines in which the code that the first runs' logs embed differs, `-` A's and `+` B's."""
+    """Return the lines of embedded code that only one side's first log has, `-` A's and then `+` B's.
+
+    Lines are counted and not aligned: that takes no longer for code which somebody made hard to align.
+    """
     sources = [side.group.runs[0].source for side in (a, b)]
     if sources[0] is None or sources[1] is None or sources[0] == sources[1]:
         return ()
-    lines = [source.splitlines() for source in sources if source is not None]
-    if max(map(len, lines)) > LONGEST_SOURCE_LINES:
-        return (f"not compared line by line: more than {LONGEST_SOURCE_LINES:,} lines",)
-    changed = [
-        line
-        for line in difflib.unified_diff(lines[0], lines[1], lineterm="", n=0)
-        if not line.startswith(("---", "+++", "@@"))
-    ]
-    cut = [f"and {len(changed) - MOST_DIFF_LINES} more lines"] if len(changed) > MOST_DIFF_LINES else []
-    return (*changed[:MOST_DIFF_LINES], *cut)
+    one, other = ([line.rstrip() for line in source.splitlines()] for source in sources if source is not None)
+    only_a, only_b = _lines_only_in(one, other), _lines_only_in(other, one)
+    if not only_a and not only_b:
+        return ("the same lines, in another order or spaced in another way",)
+    return (*_marked("-", only_a), *_marked("+", only_b))
+
+
+def _lines_only_in(one: Sequence[str], other: Sequence[str]) -> list[str]:
+    """The lines of `one`, in their order, that `other` does not have as often."""
+    left = Counter(other)
+    found = []
+    for line in one:
+        if left[line] > 0:
+            left[line] -= 1
+        else:
+            found.append(line)
+    return found
+
+
+def _marked(sign: str, lines: Sequence[str]) -> list[str]:
+    extra = len(lines) - MOST_SOURCE_LINES
+    cut = [f"{sign} and {extra} more lines"] if extra > 0 else []
+    return [*(f"{sign}{line}" for line in lines[:MOST_SOURCE_LINES]), *cut]
 
 
 def _weaknesses(
@@ -418,10 +434,12 @@ def print_comparison(result: Comparison, console: Console) -> None:
             f"differs in {part} (A | B): {'; '.join([*told[:SHOWN_DIFFERENCES], *more])}",
             longest=1200,
         )
-    for line in result.source_diff[:SHOWN_DIFFERENCES]:
-        say(console, f"  {line}", "dim", longest=120)
-    if len(result.source_diff) > SHOWN_DIFFERENCES:
-        say(console, "  and more lines of the code; --json gives up to 200", "dim")
+    for sign in "-+":
+        lines = [line for line in result.source_diff if line.startswith(sign)]
+        for line in lines[: SHOWN_DIFFERENCES // 2]:
+            say(console, f"  {line}", "dim", longest=120)
+        if len(lines) > SHOWN_DIFFERENCES // 2:
+            say(console, f"  {sign} and more lines of code; --json tells more of them", "dim")
     for line in result.weaknesses:
         say(console, f"weak: {line}", "yellow")
     for side in (result.a, result.b):

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from nanorun.errors import UserError, nearest
 from nanorun.names import is_track_name
+from nanorun.records.grouping import GroupKey
+from nanorun.records.imported import ImportedRun, read_import, read_imported, run_sha256
 from nanorun.records.logs import LoggedRun, SkippedLog
-from nanorun.records.record import Record, RecordError, read_record, read_records
+from nanorun.records.record import IMPORT_FILE, Record, RecordError, holds_import, read_record, read_records
 from nanorun.records.report import TrackView, config_identity, identity, table_with_runs
 from nanorun.records.significance import LARGEST_LOSS
 from nanorun.tables import flattened, read_toml
@@ -27,7 +29,10 @@ VAL_LOSS = "val_loss"
 """The key of the validation loss that every run has."""
 LARGEST_SECONDS = 1e10
 """Three hundred years; a clock that says more is broken."""
+MOST_BYTES = 20_000_000
+"""Of a config, a result or a checkpoint's state; ours have kilobytes."""
 MOST_METRICS_BYTES = 200_000_000
+MOST_SOURCE_BYTES = 4_000_000
 
 
 class Reading(NamedTuple):
@@ -43,7 +48,7 @@ class ComparedRun:
     """One run; what is None was not said."""
 
     kind: str
-    """record, run (a folder under runs/ without a record) or log."""
+    """record, run (a folder under runs/ without a record) or log (imported or not)."""
     name: str
     """The preset's, or the file's without its ending."""
     file: str
@@ -73,6 +78,8 @@ class ComparedRun:
     config: Mapping[str, Any] | None = None
     """Flat, under dotted names."""
     final_weights_sha256: str | None = None
+    digest: str | None = None
+    """The same for all copies of a foreign log's run."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -158,7 +165,7 @@ def _paths(name: str) -> list[Path]:
 
 def _read_own(path: Path, found: RunsRead) -> bool:
     """Add what records and runs' folders lie at `path`; return False where it is neither, nor a folder of them."""
-    if path.name in ("record.json", "metrics.jsonl", "result.json") and path.is_file():
+    if path.name in ("record.json", IMPORT_FILE, "metrics.jsonl", "result.json") and path.is_file():
         path = path.parent
     if not path.is_dir():
         return False
@@ -183,7 +190,8 @@ def _read_own(path: Path, found: RunsRead) -> bool:
 
 
 def _is_record(folder: Path) -> bool:
-    return (folder / "record.json").is_file()
+    """Whether a folder holds a record of ours, or what was imported from a foreign log."""
+    return (folder / "record.json").is_file() or holds_import(folder)
 
 
 def _is_run(folder: Path) -> bool:
@@ -198,13 +206,19 @@ def _visible_folders(parent: Path) -> list[Path]:
 
 def _add_records(root: Path, track: str | None, found: RunsRead) -> None:
     records, skipped = read_records(root, track)
+    imports, not_read = read_imported(root, track)
     found.runs += [from_record(record, str(root / record.track / record.id)) for record in records]
-    found.skipped += [SkippedLog(str(one.path), one.why) for one in skipped]
+    found.runs += [from_import(one, root / one.track / one.id) for one in imports]
+    found.skipped += [SkippedLog(str(one.path), one.why) for one in (*skipped, *not_read)]
 
 
 def _add_record(folder: Path, found: RunsRead) -> None:
+    whole = Path(os.path.abspath(folder))
     try:
-        found.runs.append(from_record(read_record(Path(os.path.abspath(folder))), str(folder)))
+        if holds_import(folder):
+            found.runs.append(from_import(read_import(whole), folder))
+        else:
+            found.runs.append(from_record(read_record(whole), str(folder)))
     except RecordError as error:
         found.skipped.append(SkippedLog(str(folder), str(error)))
 
@@ -291,7 +305,6 @@ def from_log(run: LoggedRun) -> ComparedRun:
         for key, readings in run.other_losses.items()
         if readings
     }
-    declared = run.last_step if run.total_steps is None else run.total_steps
     hardware = {"gpu": machine.gpu, "world size": machine.world_size, "driver": machine.driver}
     return ComparedRun(
         kind="log",
@@ -307,20 +320,49 @@ def from_log(run: LoggedRun) -> ComparedRun:
         declared_steps=run.total_steps,
         complete=run.complete,
         stops_on_loss=False,
-        identity={
-            "total steps": declared,
-            "gpu": machine.gpu,
-            "world size": machine.world_size,
-            "source sha256": run.source_sha256,
-        },
+        identity={key.replace("_", " "): value for key, value in GroupKey.of(run)._asdict().items()},
         train_seconds=run.train_seconds,
         seed=run.seed,
         hardware={key: value for key, value in hardware.items() if value is not None},
         software={} if machine.torch is None else {"torch": machine.torch},
         code={} if run.source_sha256 is None else {"source sha256": run.source_sha256},
         source=run.source,
+        digest=_digest(run),
         notes=run.notes,
     )
+
+
+def _digest(run: LoggedRun) -> str:
+    """What copies of one run have in common; a few losses without a clock are no proof, so there the file counts."""
+    if run.train_seconds is None and len(run.points) < 3:
+        return f"{run.file_sha256 or run.file} {run.run}"
+    return run_sha256(run)
+
+
+def from_import(imported: ImportedRun, folder: Path) -> ComparedRun:
+    """Return what was imported from a foreign log as a run to compare."""
+    thinned = f"{imported.validation_left_out} validation points are in curve.csv alone"
+    return dataclasses.replace(
+        from_log(imported.to_logged_run()),
+        name=imported.name,
+        file=str(folder),
+        place=0,
+        track=imported.track,
+        source=_source_beside(folder) if imported.source else None,
+        digest=imported.run_sha256,
+        notes=(*imported.notes, thinned) if imported.validation_left_out else imported.notes,
+    )
+
+
+def _source_beside(folder: Path) -> str | None:
+    """The code that the import kept; None where it is gone or too large to compare."""
+    path = folder / "source.txt"
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_SOURCE_BYTES:
+            return None
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
 
 
 def from_run_folder(folder: Path) -> ComparedRun:
@@ -333,20 +375,13 @@ def from_run_folder(folder: Path) -> ComparedRun:
     record = _record_of(result, options)
     if record is not None:
         return dataclasses.replace(record, notes=(*record.notes, f"made by {folder}"))
+    _check_size(folder / "config.toml", MOST_BYTES)
     config = _plain(read_toml(folder / "config.toml"))
-    state = _newest_state(folder)
     points = _metrics(folder / "metrics.jsonl")
     if not points:
         raise UserError(f"{folder}/metrics.jsonl holds no validation yet")
     steps = _whole(_table(config.get("train")).get("steps"))
-    clock = _table(result.get("clock"))
-    outcome, choices = _table(state.get("outcome")), _table(state.get("choices"))
-    track = config.get("track")
-    known = track if isinstance(track, str) and is_track_name(track) else None
-    target = _target_of(known)
-    hardware, corpus = _text(choices.get("hardware")), _text(state.get("corpus_sha256"))
-    tokens = _whole(outcome.get("validation_tokens"))
-    return ComparedRun(
+    told = ComparedRun(
         kind="run",
         name=_text(config.get("name")) or folder.name,
         file=str(folder),
@@ -355,16 +390,31 @@ def from_run_folder(folder: Path) -> ComparedRun:
         declared_steps=steps,
         complete=steps is not None and points[-1].step == steps,
         stops_on_loss=options.get("stop_at_target") is True,
-        identity={
-            "preset": _text(config.get("name")),
-            **config_identity(config),
-            "hardware": hardware,
-            "corpus manifest": corpus,
-            "validation tokens": tokens,
-            "target": target,
-        },
-        train_seconds=_seconds(clock.get("train_seconds")),
+        identity={"preset": _text(config.get("name")), **config_identity(config)},
+        train_seconds=_seconds(_table(result.get("clock")).get("train_seconds")),
         seed=_whole(config.get("seed")),
+        config=flattened(config),
+        final_weights_sha256=_text(result.get("final_weights_sha256")),
+    )
+    return _placed(told, config.get("track"), _newest_state(folder))
+
+
+def _placed(run: ComparedRun, track: object, state: Mapping[str, Any]) -> ComparedRun:
+    """The run with its track's target, and with what a checkpoint says of its machine, data and code."""
+    outcome, choices = _table(state.get("outcome")), _table(state.get("choices"))
+    hardware, corpus = _text(choices.get("hardware")), _text(state.get("corpus_sha256"))
+    tokens = _whole(outcome.get("validation_tokens"))
+    known = track if isinstance(track, str) and is_track_name(track) else None
+    target = _target_of(known)
+    measured = {
+        "hardware": hardware,
+        "corpus manifest": corpus,
+        "validation tokens": tokens,
+        "target": target,
+    }
+    return dataclasses.replace(
+        run,
+        identity={**run.identity, **measured},
         track=known,
         target=target,
         corpus={} if corpus is None else {"manifest_sha256": corpus},
@@ -372,8 +422,6 @@ def from_run_folder(folder: Path) -> ComparedRun:
         hardware={} if hardware is None else {"hardware": hardware},
         software={key: choices[key] for key in ("torch", "compiled") if key in choices},
         code=_table(outcome.get("code")),
-        config=flattened(config),
-        final_weights_sha256=_text(result.get("final_weights_sha256")),
     )
 
 
@@ -407,12 +455,18 @@ def _plain(value: Any) -> Any:
 def _json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of ours; raises UserError for anything else."""
     try:
+        _check_size(path, MOST_BYTES)
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object")
     return value
+
+
+def _check_size(path: Path, most: int) -> None:
+    if path.stat().st_size > most:
+        raise UserError(f"{path}: more than {most:,} bytes; no run of ours writes so much")
 
 
 def _no_number(name: str) -> float:
@@ -431,8 +485,7 @@ def _newest_state(folder: Path) -> dict[str, Any]:
 
 def _metrics(path: Path) -> tuple[Reading, ...]:
     """The validations in metrics.jsonl; a line that a kill cut off is passed over."""
-    if path.stat().st_size > MOST_METRICS_BYTES:
-        raise UserError(f"{path}: more than {MOST_METRICS_BYTES:,} bytes; no run of ours writes so much")
+    _check_size(path, MOST_METRICS_BYTES)
     points = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -482,7 +535,7 @@ def _drop_copies(found: RunsRead) -> None:
     for run in found.runs:
         same_file = (os.path.realpath(run.file), run.place)
         # Seconds are kept to 1e-4, so that two runs of ours never have one curve.
-        key = same_file if run.kind == "log" else (run.seed, run.curves[VAL_LOSS])
+        key = run.digest if run.kind == "log" else (run.track, run.name, run.seed, run.curves[VAL_LOSS])
         first = kept.setdefault(key, run)
         if first is not run and os.path.realpath(first.file) != same_file[0]:
             found.skipped.append(SkippedLog(run.label, f"the same run as {first.label}"))
@@ -564,9 +617,13 @@ def shown(value: object) -> str:
 
 
 def by_seed(pairs: Iterable[tuple[ComparedRun, float]]) -> list[float]:
-    """One value for each seed, its runs averaged; a run that does not say its seed stands for itself."""
+    """One value for each seed, its runs averaged; every run of a foreign log stands for itself.
+
+    Our runs of one seed on one machine are copies of each other, or nearly; those of a log may say one seed and
+    shuffle by something else, and who claims them counts runs.
+    """
     values: dict[Any, list[float]] = {}
     for run, value in pairs:
-        key = (run.file, run.place) if run.seed is None else run.seed
+        key = (run.file, run.place) if run.kind == "log" or run.seed is None else run.seed
         values.setdefault(key, []).append(value)
     return [math.fsum(one) / len(one) for one in values.values()]

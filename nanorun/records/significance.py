@@ -127,7 +127,15 @@ def judge(rule: Rule, losses: Sequence[float], target: float) -> Verdict:
         what = f"are not finite or above {LARGEST_LOSS:g}"
         return Verdict(n, None, None, None, None, False, f"{len(bad)} of {n} final losses {what}")
     if n == 0:
-        return Verdict(0, None, None, None, None, False, f"no full run; the rule asks for {rule.n} seeds")
+        return Verdict(
+            0,
+            None,
+            None,
+            None,
+            None,
+            False,
+            f"no full run; the rule asks for {rule.n} seed{'s' * (rule.n > 1)}",
+        )
     center, spread = mean(losses), std(losses)
     margin = (target - center) * math.sqrt(n)
     p_value, passes, why = _apply(rule, losses, target)

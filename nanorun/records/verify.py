@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ class GroupVerdict:
     apart: str
     """What sets it apart from groups called the same, but for a number."""
     n: int
-    """Losses judged: one for each seed, or for each run that does not say its seed."""
+    """Losses judged: one for each seed of ours, or for each run of foreign logs."""
     step: int | None
     """None where pooled runs end at different steps."""
     mean_loss: float | None
@@ -257,7 +258,7 @@ def _weaknesses(
     if len({step for _, step in judged}) > 1:
         yield "the runs end at different steps: --step N reads all of them at one"
     yield from _seed_weaknesses(runs)
-    if verdict.n < claim.rule.n:
+    if 0 < verdict.n < claim.rule.n:
         yield f"{verdict.n} seed{'s' * (verdict.n != 1)} of the {claim.rule.n} asked for"
     added = _added_seeds(judged, verdict, claim)
     if added:
@@ -285,10 +286,12 @@ def _seed_weaknesses(runs: Sequence[ComparedRun]) -> Iterator[str]:
     seeds = [run.seed for run in runs if run.seed is not None]
     repeats = len(seeds) - len(set(seeds))
     if repeats:
-        yield (
-            f"{repeats} of {len(runs)} runs repeat{'s' * (repeats == 1)} a seed: a repeated seed counts once, by its "
-            "mean"
+        counted = (
+            "counts as a run of its own, though only rounding may set it apart"
+            if runs[0].kind == "log"
+            else "counts once, by its mean"
         )
+        yield f"{repeats} of {len(runs)} runs repeat{'s' * (repeats == 1)} a seed; a repeated seed {counted}"
     first: dict[str, int | None] = {}
     weights = [run for run in runs if run.final_weights_sha256]
     if any(first.setdefault(str(run.final_weights_sha256), run.seed) != run.seed for run in weights):
@@ -454,7 +457,7 @@ def print_verification(result: Verification, console: Console) -> None:
             say(console, f"{group.label}: weak: {line}", "yellow")
         for line in _shortened([f"left out {one.file}: {one.why}" for one in group.left_out]):
             say(console, f"{group.label}: {line}", "yellow")
-        for line in _shortened(group.notes):
+        for line in _shortened(_alike_once(group.notes)):
             say(console, line, "dim")
     for line in across_groups(result.found):
         say(console, f"weak: {line}", "yellow")
@@ -462,7 +465,24 @@ def print_verification(result: Verification, console: Console) -> None:
         say(console, line, "dim")
     for line in _shortened([f"skipped {one.file}: {one.why}" for one in result.found.skipped]):
         say(console, line, "yellow")
+    if len(result.groups) > 1:
+        say(
+            console,
+            f"{len(result.groups)} groups, never averaged unasked; --pool does, and names what differs",
+            "dim",
+        )
     say(console, line_of_test(result.claim), "dim", longest=600)
+
+
+def _alike_once(notes: Sequence[str]) -> list[str]:
+    """The notes, those that differ in their file and numbers alone told once; `file: note` each."""
+    alike: dict[str, list[str]] = {}
+    for note in notes:
+        alike.setdefault(re.sub(r"[0-9]+", "0", note.partition(": ")[2]), []).append(note)
+    return [
+        one[0] + (f" (and {len(one) - 1} more run{'s' * (len(one) > 2)} alike)" if len(one) > 1 else "")
+        for one in alike.values()
+    ]
 
 
 def _shortened(lines: Sequence[str], most: int = 10) -> list[str]:
