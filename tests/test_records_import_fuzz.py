@@ -69,7 +69,8 @@ def check(place: Path, content: bytes) -> int:
     place.write_bytes(content)
     found = read_logs([place])
     assert found.runs or found.skipped
-    text = content.decode("utf-8", "replace")
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = content.decode("utf-16" if utf16 else "utf-8-sig", "replace")
     for run in found.runs:
         said = {(step, number) for step, number in _numbers(LOSS_LINES[run.format].findall(text))}
         times = {

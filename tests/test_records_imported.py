@@ -17,6 +17,7 @@ from nanorun.cli import app
 from nanorun.errors import UserError
 from nanorun.records.imported import ImportedRun, read_imported, run_sha256
 from nanorun.records.importing import import_logs, print_terminal
+from nanorun.records.reading import read_logs
 from nanorun.records.record import RecordError, read_records, write_record
 from nanorun.records.show import report_text
 
@@ -140,6 +141,19 @@ def test_a_name_made_of_path_tricks_stays_in_its_place(tmp_path):
         assert written.parent == tmp_path / "records" / "sotu"
     assert len(read_imported(tmp_path / "records")[0]) == 6
     assert {path.name for path in (tmp_path / "records").iterdir()} == {"sotu"}
+
+
+def test_an_import_is_read_again_as_the_run_that_it_holds(tmp_path, log):
+    log.write_text(f"import os\n{val_line(300, 1.5)}" + log.read_text())
+    root = tmp_path / "records"
+    (folder,) = imported(log, root).written
+    for path in (root, folder, folder / "import.json"):
+        found = read_logs([path])
+        assert [(run.file, run.final_val_loss) for run in found.runs] == [(str(folder / "import.json"), 3.27)]
+        assert found.skipped == ()
+    assert import_logs([root], track="sotu", records=root, now=NOW).written == ()
+    (folder / "import.json").write_text("{}")
+    assert "format_version is missing" in read_logs([root]).skipped[0].why
 
 
 def test_imports_are_no_records_and_hide_none(tmp_path, log):

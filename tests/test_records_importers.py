@@ -298,7 +298,8 @@ def test_a_run_that_diverges_is_kept_up_to_there_and_says_so(word):
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 1000, "1e999", "1e9", "-3.2", "3.2.1", "3_2", "٣.٢", "0x3", "", "3,2", "3.2=", "+3.2"]
+    "text",
+    ["9" * 1000, "1e999", "1e9", "-3.2", "3.2.1", "3_2", "٣.٢", "0x3", "", "3,2", "3.2=", "+3.2", "3.2\t7"],
 )
 def test_a_loss_that_is_no_loss_is_left_out_and_said(text):
     run = one_run(val_line(0, 9.0) + val_line(300, text))

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanorun.errors import UserError
+from nanorun.records.imported import read_import
 from nanorun.records.importers import IMPORTERS, Importer
 from nanorun.records.importers._runs import TooManyReadings
 from nanorun.records.logs import LoggedRun, SkippedLog
+from nanorun.records.record import IMPORT_FILE, RecordError
 
 SUFFIXES = frozenset({"", ".txt", ".log", ".out", ".stdout"})
 """Of the files in a folder, those with other suffixes are passed over."""
@@ -46,8 +48,8 @@ class LogReading(NamedTuple):
 def read_logs(paths: Sequence[Path]) -> LogReading:
     """Return the runs in files, and in folders with all that lies below them.
 
-    Of a folder only files with `SUFFIXES` are read, and links that lead out of it are not followed. Raises
-    UserError for a path that is not there.
+    Of a folder only files with `SUFFIXES` are read, and imports of ours; links that lead out of it are not
+    followed. Raises UserError for a path that is not there.
     """
     runs: list[LoggedRun] = []
     skipped: list[SkippedLog] = []
@@ -97,8 +99,10 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
             except OSError as error:
                 yield path, f"the folder cannot be read: {error.strerror}"
                 continue
+            # An import's other files are parts of it, and its source only quotes what it never ran.
+            names = [IMPORT_FILE] if IMPORT_FILE in names else names
             waiting += (path / name for name in names if not name.startswith("."))
-        elif path.suffix.lower() not in SUFFIXES or os.path.isdir(path):
+        elif (path.suffix.lower() not in SUFFIXES and path.name != IMPORT_FILE) or os.path.isdir(path):
             continue
         elif path.is_symlink() and not os.path.realpath(path).startswith(root + os.sep):
             yield path, "is a link that leads out of the folder; name it to have it read"
@@ -116,13 +120,21 @@ def _runs_in(path: Path) -> list[LoggedRun] | str:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return "is no regular file"
+        if path.name == IMPORT_FILE:
+            return [_imported_run(path)]
         return _read(descriptor, path)
-    except TooManyReadings as error:
+    except (TooManyReadings, RecordError) as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     finally:
         os.close(descriptor)
+
+
+def _imported_run(path: Path) -> LoggedRun:
+    """The run that was imported into the folder of an import.json, under that file's name."""
+    folder = Path(os.path.abspath(path.parent))
+    return dataclasses.replace(read_import(folder).to_logged_run(), file=str(path))
 
 
 def _read(descriptor: int, path: Path) -> list[LoggedRun] | str:

@@ -50,7 +50,8 @@ class _Draft:
     total_steps: int | None = None
     peak_memory_mib: float | None = None
     diverged: bool = False
-    decimals: int = 0
+    decimals: int = -1
+    """Of the latest loss; fewer at the end of a file are a sign that it was cut."""
     early_seconds: tuple[int, float] = (0, 0.0)
     """The latest reading of the clock up to `RESTARTS_BEFORE`: (step, seconds)."""
     notes: dict[str, None] = dataclasses.field(default_factory=dict)

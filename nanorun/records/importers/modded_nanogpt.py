@@ -93,9 +93,9 @@ def _reading(line: str) -> Reading | None:
         return None
     step, total_steps, rest = int(found[1]), int(found[2]), found[3]
     if "val_loss:" in rest:
-        return _validation(step, total_steps, rest.split(), is_cut=not line.endswith("\n"))
+        return _validation(step, total_steps, _fields(rest), is_cut=not line.endswith("\n"))
     # Where a clock is set back, it is in the first steps; the later ones are two million in the public logs.
-    time = _time_of(rest.split()) if step <= RESTARTS_BEFORE else ""
+    time = _time_of(_fields(rest)) if step <= RESTARTS_BEFORE else ""
     return Reading(step, total_steps, seconds(time))
 
 
@@ -117,6 +117,11 @@ def _validation(step: int, total_steps: int, fields: list[str], *, is_cut: bool)
         is_last_and_cut=is_cut and fields[-1].startswith("val_loss:"),
         note=None if counted is not None or not time else f"the time {shown(time)} is not one in s or ms",
     )
+
+
+def _fields(rest: str) -> list[str]:
+    """What stands between blanks; a tab within a number makes it no number."""
+    return [field for field in rest.split(" ") if field]
 
 
 def _time_of(fields: list[str]) -> str:
