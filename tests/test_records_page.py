@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from records_samples import TARGET, a_dict, a_record
+from rich.console import Console
+from runs_samples import a_logged_run, put_import
 
 from nanorun.records import page_charts as charts
+from nanorun.records.logs import LoggedMachine
 from nanorun.records.page import FILES, render_page
 from nanorun.records.record import Record, write_record
 from nanorun.records.report import TrackView, build_table
@@ -261,12 +264,23 @@ def test_a_hostile_skipped_folder_is_text(tmp_path):
     folder = tmp_path / "sotu" / "<script>alert(1)<‮"
     folder.mkdir(parents=True)
     (folder / "record.json").write_text("{")
-    from rich.console import Console
-
     text = report_text(tmp_path, track="sotu", form="html", since=None, hardware=None, console=Console())
     outline = Outline(text)
     assert [tag for tag, _, _ in outline.elements].count("script") == 2
     assert any("<script>alert(1)<?" in body for _, body in outline.all("li"))
+
+
+def test_imported_logs_stand_apart_and_are_text(tmp_path):
+    put_import(tmp_path, a_logged_run(
+        machine=LoggedMachine(gpu=HOSTILE[1], world_size=8), source_sha256=None
+    ))
+    text = report_text(
+        tmp_path, track="sotu", form="html", since=None, hardware=None, console=Console(quiet=True)
+    )
+    assert "Imported logs" in text
+    assert HOSTILE[1] not in text
+    cells = ["".join(texts) for tag, _, texts in Outline(text).elements if tag == "bdi"]
+    assert any(HOSTILE[1][:20] in cell for cell in cells), cells
 
 
 def test_the_data_of_the_script_cannot_end_it():
@@ -325,8 +339,6 @@ def test_a_card_holds_config_hardware_clock_and_curve():
 
 
 def test_a_contested_record_says_so_on_its_card(tmp_path):
-    from rich.console import Console
-
     for record in two_rows():
         write_record(tmp_path, record, config_toml="", source_patch=None)
     contest(two_rows()[0].id, records=tmp_path, reason="it saw <b>the</b> answers", by="Eve")
@@ -513,8 +525,6 @@ def test_no_records_make_a_page_that_says_what_to_do():
 
 
 def test_report_writes_the_page_of_all_tracks_or_of_one(tmp_path):
-    from rich.console import Console
-
     for record in [*two_rows(), *seeds(track="shakespeare")]:
         write_record(tmp_path, record, config_toml="", source_patch=None)
     given = {"form": "html", "since": None, "hardware": None, "console": Console()}

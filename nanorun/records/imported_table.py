@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TITLE = "imported logs (claims of others; nothing here was measured by nanorun)"
 TITLES = ("name", "steps", "hardware", "code", "n", "final loss", "seconds", "claimed", "date")
+NUMBERS = ("n", "final loss", "seconds", "claimed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +130,9 @@ def to_markdown(table: ImportedTable) -> str:
     lines = []
     if table.rows:
         lines = [f"#### {markdown_text(TITLE)}", "", f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
-        lines += [f"| {' | '.join(map(markdown_text, _cells(row)))} |" for row in table.rows]
+        lines += [f"| {' | '.join(map(markdown_text, row_texts(row)))} |" for row in table.rows]
         lines.append("")
-    lines += [f"- {markdown_text(line, longest=400)}" for line in _lines_under(table)]
+    lines += [f"- {markdown_text(line, longest=400)}" for line in lines_under(table)]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -141,16 +142,17 @@ def print_imported(table: ImportedTable, console: Console) -> None:
 
     if table.rows:
         say(console, TITLE, "bold")
-        print_grid(console, TITLES, [_cells(row) for row in table.rows], left=(*TITLES[:4], "date"))
-    for line in _lines_under(table):
+        print_grid(console, TITLES, [row_texts(row) for row in table.rows], left=(*TITLES[:4], "date"))
+    for line in lines_under(table):
         say(console, line, "yellow" if line.startswith("skipped ") else "dim")
 
 
-def _cells(row: ImportedRow) -> list[str]:
+def row_texts(row: ImportedRow) -> list[str]:
+    """The cells of a row, one for each of `TITLES`."""
     return [
         clean(row.name, longest=32),
         row.steps,
-        row.hardware,
+        clean(row.hardware),
         row.source_sha256[:8] if row.source_sha256 else "-",
         str(row.n),
         mean_text(row.loss_mean, row.loss_std),
@@ -160,7 +162,8 @@ def _cells(row: ImportedRow) -> list[str]:
     ]
 
 
-def _lines_under(table: ImportedTable) -> Iterable[str]:
+def lines_under(table: ImportedTable) -> Iterable[str]:
+    """What has to be said under the rows, in every form for people."""
     yield from table.notes
     for path, why in table.skipped[:SHOWN_SKIPS]:
         yield f"skipped {path}: {why}"

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from nanorun.errors import UserError
 from nanorun.records import page_charts as charts
+from nanorun.records.imported_table import NUMBERS, TITLES, ImportedTable, lines_under, row_texts
 from nanorun.records.profiles import performance_profiles
 from nanorun.records.record import Record
 from nanorun.records.report import (
@@ -50,17 +51,21 @@ def render_page(
     *,
     summaries: Mapping[str, str] | None = None,
     states: Mapping[str, tuple[str, str]] | None = None,
+    imports: Mapping[str, ImportedTable] | None = None,
 ) -> str:
     """Return the whole page as text; the same records give the same text.
 
     `summaries` says in a sentence what each track is. `states` says of a record, by its id, in a word and in a
     sentence whether it was reproduced or contested; a record that it does not name is claimed.
+    `imports` holds the table of foreign logs of a track.
     """
     data: dict[str, Any] = {"charts": {}, "runs": [], "configs": {}}
     tracks = [
         _track(table, index, (summaries or {}).get(table.track.name, ""), data, states or {})
         for index, table in enumerate(tables)
     ]
+    for shown, table in zip(tracks, tables):
+        shown["imported"] = _imported((imports or {}).get(table.track.name))
     # Runs of one row share their config, so each text is kept once.
     data["configs"] = list(data["configs"])
     profiles = _profiles(tables, data)
@@ -161,6 +166,17 @@ def _track(
             _group(row, group, place, table, data, states)
             for place, (row, group) in enumerate(zip(table.rows, table.runs))
         ],
+    }
+
+
+def _imported(table: ImportedTable | None) -> dict[str, Any] | None:
+    """What the template shows of foreign logs; None where there are none."""
+    if table is None or not (table.rows or table.skipped):
+        return None
+    return {
+        "columns": [(title, title in NUMBERS) for title in TITLES],
+        "rows": [row_texts(row) for row in table.rows],
+        "notes": [clean(line, longest=LONGEST_LINE) for line in lines_under(table)],
     }
 
 

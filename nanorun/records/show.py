@@ -69,7 +69,7 @@ def report_text(
         whole = documents[0] if track else {"tracks": documents}
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
     if form == "html":
-        return _page(tables, states)
+        return _page(tables, states, foreign)
     if form in ("csv", "svg"):
         if len(tables) > 1:
             what = form.upper()
@@ -92,7 +92,7 @@ def report_text(
     return captured.get()
 
 
-def _page(tables: list[Table], states: dict[str, State]) -> str:
+def _page(tables: list[Table], states: dict[str, State], foreign: list[imported_table.ImportedTable]) -> str:
     """The HTML page of some tables: first those with a result, the default track before others."""
     from nanorun.records.page import render_page
 
@@ -103,6 +103,7 @@ def _page(tables: list[Table], states: dict[str, State]) -> str:
         order,
         summaries={one.track.name: load_track(one.track.name).summary for one in tables},
         states={record: (state.name, state.describe()) for record, state in states.items()},
+        imports={table.track.name: other for table, other in zip(tables, foreign)},
     )
 
 

@@ -402,7 +402,7 @@ function themed(button) {
 
 document.documentElement.classList.add("with-script");
 themed(document.querySelector(".theme"));
-document.querySelectorAll(".records").forEach(sortable);
+document.querySelectorAll(".records:not(.foreign)").forEach(sortable);
 for (const figure of document.querySelectorAll("[data-chart]")) new Chart(figure, data.charts[figure.dataset.chart], figure.dataset.chart);
 for (const card of document.querySelectorAll(".card")) card.addEventListener("toggle", () => { if (card.open) fill(card); });
 addEventListener("hashchange", openNamed);
