@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -588,13 +589,17 @@ def _common(identities: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], di
 def _labels(groups: Sequence[Sequence[ComparedRun]]) -> list[tuple[str, str]]:
     """For each group what to call it, told apart as `muon (2)`, and what sets it apart from those of its name."""
     names = [_name_of(group) for group in groups]
+    identities: dict[str, list[Mapping[str, Any]]] = {}
+    for name, group in zip(names, groups):
+        identities.setdefault(name, []).append(group[0].identity)
+    differing = {name: list(_common(same)[1]) for name, same in identities.items()}
+    numbers: Counter[str] = Counter()
     labels = []
-    for place, (name, group) in enumerate(zip(names, groups)):
-        same = [other[0].identity for other, its in zip(groups, names) if its == name]
-        number = names[: place + 1].count(name)
+    for name, group in zip(names, groups):
+        numbers[name] += 1
         identity = group[0].identity
-        parts = [f"{key} = {shown(identity[key])}" for key in _common(same)[1] if key in identity]
-        labels.append((name if number == 1 else f"{name} ({number})", "; ".join(parts)))
+        parts = [f"{key} = {shown(identity[key])}" for key in differing[name] if key in identity]
+        labels.append((name if numbers[name] == 1 else f"{name} ({numbers[name]})", "; ".join(parts)))
     return labels
 
 
