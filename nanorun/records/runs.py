@@ -306,7 +306,8 @@ def from_log(run: LoggedRun) -> ComparedRun:
         for key, readings in run.other_losses.items()
         if readings
     }
-    hardware = {"gpu": machine.gpu, "world size": machine.world_size, "driver": machine.driver}
+    hardware = {"gpu": machine.gpu, "world size": machine.world_size}
+    software = {"torch": machine.torch, "driver": machine.driver}
     return ComparedRun(
         kind="log",
         name=Path(run.file).stem,
@@ -325,7 +326,7 @@ def from_log(run: LoggedRun) -> ComparedRun:
         train_seconds=run.train_seconds,
         seed=run.seed,
         hardware={key: value for key, value in hardware.items() if value is not None},
-        software={} if machine.torch is None else {"torch": machine.torch},
+        software={key: value for key, value in software.items() if value is not None},
         code={} if run.source_sha256 is None else {"source sha256": run.source_sha256},
         source=run.source,
         digest=_digest(run),
