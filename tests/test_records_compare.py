@@ -294,3 +294,30 @@ def test_whatever_two_logs_say_the_comparison_is_a_document_or_a_sentence(a, b, 
         return
     json.dumps(found.to_dict(), allow_nan=False)
     print_comparison(found, Console(file=io.StringIO()))
+
+
+def test_another_driver_is_other_software_and_leaves_the_ratio_of_seconds():
+    for name, driver in (("a", "535.129.03"), ("b", "570.195.03")):
+        path = write_log(Path(f"{name}.txt"), 3.27)
+        gpus = "".join(
+            f"|   {n}  NVIDIA H100 80GB HBM3          On  | 00000000:19:00.0 Off |\n" for n in range(8)
+        )
+        header = f"| NVIDIA-SMI {driver}    Driver Version: {driver}   CUDA Version: 12.6 |\n{gpus}"
+        path.write_text(header + path.read_text().replace("3.27000", f"3.27{ord(name)}"))
+    found = compare("a.txt", "b.txt", target=3.28)
+    assert found.differs == {"software": {"driver": ("535.129.03", "570.195.03")}}
+    assert found.ratios["seconds_to_target"].ratio == 1
+    assert not any("hardware" in line for line in found.weaknesses)
+
+
+def test_hardware_that_no_log_says_is_taken_for_granted_aloud():
+    write_log(Path("a.txt"), 3.27)
+    write_log(Path("b.txt"), 3.26, seconds=0.2)
+    found = compare("a.txt", "b.txt")
+    assert found.ratios["seconds"].ratio == pytest.approx(0.5)
+    assert any("do not say their hardware" in line for line in found.weaknesses)
+    b = Path("b.txt")
+    b.write_text("Running on device_name=NVIDIA A40 with world_size=2\n" + b.read_text())
+    found = compare("a.txt", "b.txt")
+    assert found.ratios["seconds"] is None
+    assert any("not known to be the same" in line for line in found.weaknesses)

@@ -328,6 +328,12 @@ def test_a_number_cut_by_the_end_of_the_file_is_not_believed():
     assert one_run(whole + "step:200/300 val_loss:3.2 train_time:12s step_a").train_seconds == 12
 
 
+def test_a_last_loss_with_as_many_digits_as_any_before_is_whole_though_no_line_end_follows():
+    assert one_run("s:0 tel:11.0\ns:250 tel:6.15", llmc).final_val_loss == 6.15
+    assert one_run("s:0 tel:11.05\ns:250 tel:6.0\ns:500 tel:5.1", llmc).final_val_loss == 6.0
+    assert runs_in("s:0 tel:11.0", llmc) == []
+
+
 def test_a_clock_that_goes_back_late_is_told():
     run = one_run(
         "".join(val_line(step, 3.0, f"{time}s") for step, time in ((0, 0), (100, 50), (200, 10), (300, 20)))

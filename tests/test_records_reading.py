@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 import tracemalloc
 
 import pytest
@@ -9,6 +11,7 @@ from log_samples import a_log, expected_rows, unpack_logs, val_line
 from nanorun.errors import UserError
 from nanorun.records import reading
 from nanorun.records.importers import _runs
+from nanorun.records.logs import LoggedPoint, LoggedRun
 from nanorun.records.reading import read_logs
 
 
@@ -145,6 +148,36 @@ def test_a_few_equal_losses_without_a_clock_are_no_proof_of_a_copy(tmp_path):
     found = read_logs([tmp_path])
     assert names(found) == ["a.log", "b.log"]
     assert list(whys(found)) == ["c.log"]
+
+
+def test_a_run_is_a_copy_where_a_kept_one_holds_all_of_it_and_nowhere_else():
+    generator = random.Random(0)
+    for _ in range(200):
+        runs = []
+        for place in range(12):
+            points = [LoggedPoint(step, float(step), generator.choice([3.0, 4.0])) for step in range(3)]
+            points = [point for point in points if generator.random() < 0.7]
+            runs.append(_run(place, [*points, LoggedPoint(3, 3.0, 3.2)]))
+        kept, skipped = reading._without_copies(runs)
+        assert len(kept) + len(skipped) == len(runs)
+        holding = [set(run.points) for run in kept]
+        assert not any(
+            one < other or (one == other and one is not other) for one in holding for other in holding
+        )
+        assert all(any(set(run.points) <= one for one in holding) for run in runs)
+
+
+def test_thousands_of_runs_with_one_end_are_told_apart_without_a_wait():
+    end = LoggedPoint(1, 1.0, 3.2)
+    runs = [_run(place, [LoggedPoint(0, 0.0, 10 + place / 1e5), end]) for place in range(10_000)]
+    start = time.process_time()
+    kept, skipped = reading._without_copies(runs)
+    assert time.process_time() - start < 5  # comparing each with each takes half a minute
+    assert (len(kept), skipped) == (10_000, [])
+
+
+def _run(place: int, points: list[LoggedPoint]) -> LoggedRun:
+    return LoggedRun("a.txt", place, "modded_nanogpt", tuple(points), points[-1].step)
 
 
 def test_logs_of_one_script_share_its_text(tmp_path):

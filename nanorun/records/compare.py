@@ -406,8 +406,12 @@ def _weaknesses(
                     f"{name} reached the target in {one.reached} of {one.runs} runs: seconds and steps to it are of "
                     "those alone"
                 )
+    unsaid = any(not run.hardware for run in runs)
     if not same_machine:
-        yield "on different hardware, so no ratio of seconds; --force gives it"
+        which = "hardware that is not known to be the same" if unsaid else "different hardware"
+        yield f"on {which}, so no ratio of seconds; --force gives it"
+    elif unsaid:
+        yield "some runs do not say their hardware: that their seconds are of one machine is taken for granted"
 
 
 def _step(side: Side) -> str:

@@ -19,7 +19,7 @@ from nanorun.errors import UserError
 from nanorun.records.imported import read_import
 from nanorun.records.importers import IMPORTERS, Importer
 from nanorun.records.importers._runs import TooManyReadings
-from nanorun.records.logs import LoggedRun, SkippedLog
+from nanorun.records.logs import LoggedPoint, LoggedRun, SkippedLog
 from nanorun.records.record import IMPORT_FILE, RecordError
 
 SUFFIXES = frozenset({"", ".txt", ".log", ".out", ".stdout"})
@@ -199,17 +199,39 @@ def _without_copies(runs: Sequence[LoggedRun]) -> tuple[list[LoggedRun], list[Sk
         by_last.setdefault((run.format, run.points[-1]), []).append(run)
     copies: dict[int, LoggedRun] = {}
     for alike in by_last.values():
-        kept: list[LoggedRun] = []
+        kept = _Kept()
         for run in sorted(alike, key=_says, reverse=True):
-            original = next((other for other in kept if _is_copy(run, other)), None)
+            original = kept.original_of(run)
             if original is None:
-                kept.append(run)
+                kept.add(run)
             else:
                 copies[id(run)] = original
     return (
         [run for run in runs if id(run) not in copies],
         [SkippedLog(run.file, _copy_text(run, copies[id(run)])) for run in runs if id(run) in copies],
     )
+
+
+class _Kept:
+    """Runs that are kept, found by what they hold: a file may have been made to hold a hundred thousand of them."""
+
+    def __init__(self) -> None:
+        self._exact: dict[object, LoggedRun] = {}
+        self._holding: dict[LoggedPoint, list[tuple[LoggedRun, frozenset[LoggedPoint]]]] = {}
+
+    def add(self, run: LoggedRun) -> None:
+        self._exact.setdefault(_exact_key(run), run)
+        held = (run, frozenset(run.points))
+        for point in run.points:
+            self._holding.setdefault(point, []).append(held)
+
+    def original_of(self, run: LoggedRun) -> LoggedRun | None:
+        """The first kept run that `run` repeats, or None."""
+        original = self._exact.get(_exact_key(run))
+        if original is not None or run.train_seconds is None:
+            return original
+        rarest = min((self._holding.get(point, []) for point in run.points), key=len)
+        return next((other for other, points in rarest if points.issuperset(run.points)), None)
 
 
 def _says(run: LoggedRun) -> tuple[int, bool, int]:
@@ -226,13 +248,11 @@ def _says(run: LoggedRun) -> tuple[int, bool, int]:
     return len(run.points), run.source is not None, sum(value is not None for value in known)
 
 
-def _is_copy(run: LoggedRun, other: LoggedRun) -> bool:
-    """Whether `run` repeats `other`; without a clock a few equal losses are no proof."""
+def _exact_key(run: LoggedRun) -> object:
+    """What whole copies have in common; without a clock a few equal losses are no proof, so there the file counts."""
     if run.train_seconds is None and len(run.points) < 3:
-        return run.file_sha256 == other.file_sha256 and run.run == other.run
-    if run.train_seconds is None:
-        return run.points == other.points
-    return set(run.points) <= set(other.points)
+        return run.file_sha256, run.run
+    return run.points
 
 
 def _copy_text(run: LoggedRun, original: LoggedRun) -> str:

@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,7 +306,8 @@ def from_log(run: LoggedRun) -> ComparedRun:
         for key, readings in run.other_losses.items()
         if readings
     }
-    hardware = {"gpu": machine.gpu, "world size": machine.world_size, "driver": machine.driver}
+    hardware = {"gpu": machine.gpu, "world size": machine.world_size}
+    software = {"torch": machine.torch, "driver": machine.driver}
     return ComparedRun(
         kind="log",
         name=Path(run.file).stem,
@@ -324,7 +326,7 @@ def from_log(run: LoggedRun) -> ComparedRun:
         train_seconds=run.train_seconds,
         seed=run.seed,
         hardware={key: value for key, value in hardware.items() if value is not None},
-        software={} if machine.torch is None else {"torch": machine.torch},
+        software={key: value for key, value in software.items() if value is not None},
         code={} if run.source_sha256 is None else {"source sha256": run.source_sha256},
         source=run.source,
         digest=_digest(run),
@@ -588,13 +590,17 @@ def _common(identities: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], di
 def _labels(groups: Sequence[Sequence[ComparedRun]]) -> list[tuple[str, str]]:
     """For each group what to call it, told apart as `muon (2)`, and what sets it apart from those of its name."""
     names = [_name_of(group) for group in groups]
+    identities: dict[str, list[Mapping[str, Any]]] = {}
+    for name, group in zip(names, groups):
+        identities.setdefault(name, []).append(group[0].identity)
+    differing = {name: list(_common(same)[1]) for name, same in identities.items()}
+    numbers: Counter[str] = Counter()
     labels = []
-    for place, (name, group) in enumerate(zip(names, groups)):
-        same = [other[0].identity for other, its in zip(groups, names) if its == name]
-        number = names[: place + 1].count(name)
+    for name, group in zip(names, groups):
+        numbers[name] += 1
         identity = group[0].identity
-        parts = [f"{key} = {shown(identity[key])}" for key in _common(same)[1] if key in identity]
-        labels.append((name if number == 1 else f"{name} ({number})", "; ".join(parts)))
+        parts = [f"{key} = {shown(identity[key])}" for key in differing[name] if key in identity]
+        labels.append((name if numbers[name] == 1 else f"{name} ({numbers[name]})", "; ".join(parts)))
     return labels
 
 

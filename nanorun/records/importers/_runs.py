@@ -151,10 +151,11 @@ class RunCollector:
             else:
                 draft.note(f"step {reading.step}: the loss {shown(text)} is no loss; the reading is left out")
             return
-        if reading.is_last_and_cut and n_decimals(text) != draft.decimals:
+        # Digits may be lost but none can be won: a loss with as many as the readings before it is whole.
+        if reading.is_last_and_cut and (not draft.points or n_decimals(text) < draft.decimals):
             draft.note(f"the file ends within the loss of step {reading.step}; the reading is left out")
             return
-        draft.decimals = n_decimals(text)
+        draft.decimals = max(draft.decimals, n_decimals(text))
         point = LoggedPoint(reading.step, reading.seconds, value)
         known = draft.points.get(reading.step)
         if known is not None:
