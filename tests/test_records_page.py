@@ -271,9 +271,9 @@ def test_a_hostile_skipped_folder_is_text(tmp_path):
 
 
 def test_imported_logs_stand_apart_and_are_text(tmp_path):
-    put_import(tmp_path, a_logged_run(
-        machine=LoggedMachine(gpu=HOSTILE[1], world_size=8), source_sha256=None
-    ))
+    put_import(
+        tmp_path, a_logged_run(machine=LoggedMachine(gpu=HOSTILE[1], world_size=8), source_sha256=None)
+    )
     text = report_text(
         tmp_path, track="sotu", form="html", since=None, hardware=None, console=Console(quiet=True)
     )

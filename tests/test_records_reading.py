@@ -32,16 +32,16 @@ def test_a_folder_of_the_real_logs_gives_every_run_once_and_skips_none(tmp_path)
     assert all(len(run.file_sha256) == 64 for run in found.runs)
 
 
-def test_folders_are_walked_in_order_and_other_endings_passed_over_in_silence(tmp_path):
+def test_folders_are_walked_in_order_and_other_endings_are_named_last(tmp_path):
     for place, name in enumerate(
-        ["b/deep/x.out", "a.txt", "b/c.log", "c", "z.stdout", ".git/d.txt", "b/e.py"]
+        ["b/deep/x.out", "a.txt", "b/c.log", "c", "z.stdout", ".git/d.txt", "b/e.py", "b/f.log.2"]
     ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(a_log(seconds=10 + place))
     found = read_logs([tmp_path])
-    assert names(found) == ["a.txt", "c.log", "x.out", "c", "z.stdout"]
-    assert found.skipped == ()
+    assert names(found) == ["a.txt", "c.log", "x.out", "f.log.2", "c", "z.stdout"]
+    assert whys(found) == {"e.py": "its ending is not a log's; name the file itself to have it read"}
 
 
 def test_a_named_file_is_tried_whatever_its_ending(tmp_path):

@@ -232,7 +232,7 @@ def test_target_and_rule_come_from_the_track_of_the_records():
     assert (result.claim.target, result.claim.rule) == (1.5, Rule("t", n=3, alpha=0.05))
     assert result.groups[0].passes
     stricter = verify(["records"], RuleOptions(alpha=1e-9), target=1.45).claim
-    assert (stricter.target, stricter.rule) == (1.45, Rule("t", n=3, alpha=1e-9))
+    assert (stricter.target, stricter.rule) == (1.45, Rule("t", n=1, alpha=1e-9))
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_target_and_rule_come_from_the_track_of_the_records():
         (RuleOptions(margin=0.004), None, MARGIN),
         (RuleOptions(sigma=0.0013, alpha=0.001), None, Rule("z", 1, alpha=0.001, sigma=0.0013)),
         (RuleOptions(n=5), Rule("margin", 2, margin=0.1), Rule("margin", 5, margin=0.1)),
-        (RuleOptions(margin=0.2), Rule("t", 4, alpha=0.05), Rule("margin", 4, margin=0.2)),
-        (RuleOptions(rule="t"), Rule("z", 4, alpha=0.05, sigma=1.0), Rule("t", 4, alpha=0.01)),
-        (RuleOptions(alpha=0.02), Rule("z", 4, alpha=0.05, sigma=1.0), Rule("z", 4, alpha=0.02, sigma=1.0)),
+        (RuleOptions(margin=0.2), Rule("t", 4, alpha=0.05), Rule("margin", 1, margin=0.2)),
+        (RuleOptions(rule="t"), Rule("z", 4, alpha=0.05, sigma=1.0), Rule("t", 1, alpha=0.01)),
+        (RuleOptions(alpha=0.02), Rule("z", 4, alpha=0.05, sigma=1.0), Rule("z", 1, alpha=0.02, sigma=1.0)),
     ],
 )
 def test_the_rule_is_what_was_asked_and_else_the_tracks(options: RuleOptions, track: Rule | None, rule: Rule):

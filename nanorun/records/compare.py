@@ -157,7 +157,8 @@ def _side_dict(side: Side, loss: str, crossings: Crossings | None) -> dict[str, 
             "seconds_mean": mean(crossings.seconds) if crossings.seconds else None,
             "steps_mean": mean(crossings.steps) if crossings.steps else None,
         },
-        "files": [run.label for run, _ in side.judged],
+        "files": [run.file for run, _ in side.judged],
+        "labels": [run.label for run, _ in side.judged],
         "left_out": [dataclasses.asdict(one) for one in side.left_out],
     }
 

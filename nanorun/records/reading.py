@@ -23,7 +23,8 @@ from nanorun.records.logs import LoggedPoint, LoggedRun, SkippedLog
 from nanorun.records.record import IMPORT_FILE, RecordError
 
 SUFFIXES = frozenset({"", ".txt", ".log", ".out", ".stdout"})
-"""Of the files in a folder, those with other suffixes are passed over."""
+"""Of the files in a folder, those with other suffixes are not read, a number behind them aside (`run.log.1`)."""
+NOT_A_LOGS_NAME = "its ending is not a log's; name the file itself to have it read"
 LONGEST_LINE = 65_536
 """Characters; a longer line is no reading and no header, and is passed over."""
 MAX_PREAMBLE_CHARS = 64 * 2**20
@@ -40,7 +41,7 @@ class LogReading(NamedTuple):
     runs: tuple[LoggedRun, ...]
     """In order of the paths, then of the files' names, then of the files; each run once."""
     skipped: tuple[SkippedLog, ...]
-    """Files without a run, and copies of runs that are kept."""
+    """Files without a run, then copies of runs that are kept, then files whose names are not a log's."""
     n_files: int
     """Files that hold at least one run, those that hold only copies included."""
 
@@ -53,9 +54,13 @@ def read_logs(paths: Sequence[Path]) -> LogReading:
     """
     runs: list[LoggedRun] = []
     skipped: list[SkippedLog] = []
+    other: list[SkippedLog] = []
     sources: dict[str, str] = {}
     n_files = 0
     for path, why in _files_under(paths):
+        if why == NOT_A_LOGS_NAME:
+            other.append(SkippedLog(str(path), why))
+            continue
         found = [] if why else _runs_in(path)
         if isinstance(found, str):
             why, found = found, []
@@ -64,7 +69,7 @@ def read_logs(paths: Sequence[Path]) -> LogReading:
         n_files += bool(found)
         runs += (_sharing_source(run, sources) for run in found)
     kept, copies = _without_copies(runs)
-    return LogReading(tuple(kept), tuple(skipped + copies), n_files)
+    return LogReading(tuple(kept), tuple(skipped + copies + other), n_files)
 
 
 def _sharing_source(run: LoggedRun, sources: dict[str, str]) -> LoggedRun:
@@ -102,12 +107,20 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
             # An import's other files are parts of it, and its source only quotes what it never ran.
             names = [IMPORT_FILE] if IMPORT_FILE in names else names
             waiting += (path / name for name in names if not name.startswith("."))
-        elif (path.suffix.lower() not in SUFFIXES and path.name != IMPORT_FILE) or os.path.isdir(path):
+        elif os.path.isdir(path):
             continue
+        elif not (_is_named_as_a_log(path) or path.name == IMPORT_FILE):
+            yield path, NOT_A_LOGS_NAME
         elif path.is_symlink() and not os.path.realpath(path).startswith(root + os.sep):
             yield path, "is a link that leads out of the folder; name it to have it read"
         else:
             yield path, ""
+
+
+def _is_named_as_a_log(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
+    is_numbered = len(suffixes) > 1 and suffixes[-1][1:].isdecimal()
+    return suffixes[-2 if is_numbered else -1] in SUFFIXES
 
 
 def _runs_in(path: Path) -> list[LoggedRun] | str:

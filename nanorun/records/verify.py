@@ -90,6 +90,9 @@ class GroupVerdict:
     seconds_std: float | None
     losses: tuple[float, ...]
     files: tuple[str, ...]
+    """The file or folder of each run that is judged; a file of several runs stands once for each."""
+    labels: tuple[str, ...]
+    """The same, with the place in the file."""
     left_out: tuple[LeftOut, ...]
     weaknesses: tuple[str, ...]
     notes: tuple[str, ...]
@@ -121,7 +124,9 @@ def resolve_rule(options: RuleOptions, track_rule: Rule | None) -> Rule:
             values[key] = DEFAULT_ALPHA
         if values[key] is None:
             raise UserError(f"the rule {kind!r} needs --{key}")
-    n = options.n if options.n is not None else track_rule.n if track_rule else 1
+    # Whoever states a rule of their own is not held to the number of seeds that the track's rule asks for.
+    is_own = any(value is not None for value in (options.rule, *given.values()))
+    n = options.n if options.n is not None else track_rule.n if track_rule and not is_own else 1
     try:
         return Rule(kind, n, **values)
     except ValueError as error:
@@ -190,7 +195,8 @@ def judge_group(group: RunGroup, claim: Claim) -> GroupVerdict:
         seconds_mean=mean(seconds) if seconds else None,
         seconds_std=std(seconds),
         losses=tuple(losses),
-        files=tuple(run.label for run in runs),
+        files=tuple(run.file for run in runs),
+        labels=tuple(run.label for run in runs),
         left_out=tuple(left_out),
         weaknesses=tuple(_weaknesses(group, judged, verdict, claim)),
         notes=tuple(f"{run.label}: {note}" for run in group.runs for note in run.notes),
