@@ -401,7 +401,9 @@ def verify(
     sigma: Annotated[
         float | None, typer.Option(help="Spread over seeds in nats; alone it means --rule z.")
     ] = None,
-    n: Annotated[int | None, typer.Option(min=1, help="Seeds asked for; the track's, or 1 where you state a rule.")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Seeds asked for; the track's, or 1 beside a rule.")
+    ] = None,
     step: Step = None,
     loss: Loss = "val_loss",
     track: Annotated[str | None, typer.Option(help="Where target and rule come from.")] = None,
