@@ -28,6 +28,7 @@ from nanorun.training.run import train_seeds
 from nanorun.training.step import Stepper
 
 QUIET = Console(quiet=True)
+REAL_IDENTITY = machine.code_identity.__wrapped__
 CLEAN = {"version": "0.1.0", "commit": "a" * 40, "dirty": False, "patch": None}
 REPOSITORY = Path(nanorun.__file__).parent.parent
 TRACK = """
@@ -508,7 +509,14 @@ BAD_PATCHES = {
     "an absolute path": (new_file("/tmp/evil.py"), "touches|does not apply"),
     "another file": (new_file("sitecustomize.py"), "touches 'sitecustomize.py'"),
     "a name with tabs": (new_file('"evil\\tnanorun/x.py"').replace('a/"', '"a/'), "touches|does not apply"),
-    "git's own": (new_file("nanorun/.git/hooks/pre-commit"), "does not apply"),
+    "git's own": (new_file("nanorun/.git/hooks/pre-commit"), "does not apply|git's own"),
+    "attributes": (
+        new_file("nanorun/.gitattributes", "* binary\n"),
+        "'nanorun/.gitattributes', .* git's own",
+    ),
+    "a cache of compiled code": (new_file("nanorun/__pycache__/x.py"), "compiled code or git's own"),
+    "a library": (new_file("outside/fast.so"), "compiled code or git's own"),
+    "a byte of zero": (new_file("outside/mine.py", "x = '\0'\n"), "does not show all the code"),
     "a link": (
         new_file("outside/mine.py", "/etc/hostname", "120000") + "\\ No newline at end of file\n",
         "symbolic link",
@@ -527,6 +535,50 @@ def test_a_patch_that_plays_tricks_is_refused_and_leaves_nothing(clone, what, tm
     assert not place.exists()
     assert not list(tmp_path.rglob("evil*"))
     assert git(clone, "worktree", "list").count("\n") == 0
+
+
+def staged_patch(clone, *words):
+    """Return what is staged as a patch, and take it back."""
+    patch = git(clone, "diff", "--cached", *words, "HEAD") + "\n"
+    git(clone, "reset", "-q", "--hard")
+    return patch
+
+
+def refused_patch(clone, patch, tmp_path):
+    place = tmp_path / "place"
+    with pytest.raises(UserError) as refused, recorded_code.worktree(clone, "HEAD", patch, place):
+        pass
+    assert not place.exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["nanorun/__pycache__/__init__.cpython-311.pyc", "nanorun/data.bin"])
+def test_a_patch_of_bytes_is_refused(clone, name, tmp_path):
+    (clone / name).parent.mkdir(exist_ok=True)
+    (clone / name).write_bytes(b"\xa7\x0d\x0d\x0a\0\0")
+    git(clone, "add", "-f", name)
+    patch = staged_patch(clone, "--binary")
+    assert "GIT binary patch" in patch
+    assert "does not show all the code" in refused_patch(clone, patch, tmp_path)
+
+
+def test_a_patch_that_brings_a_file_in_from_elsewhere_is_refused(clone, tmp_path):
+    (clone / "notes.py").write_text("x = 1\n")
+    git(clone, "add", "notes.py")
+    git(clone, "commit", "-q", "-m", "Notes")
+    git(clone, "mv", "notes.py", "nanorun/notes.py")
+    patch = staged_patch(clone, "--find-renames")
+    assert "holds 'rename from'" in refused_patch(clone, patch, tmp_path)
+
+
+def test_a_run_after_a_rename_leaves_a_patch_that_can_be_run_again(clone, tmp_path, monkeypatch):
+    monkeypatch.setattr(nanorun, "__file__", str(clone / "nanorun/__init__.py"))
+    git(clone, "config", "diff.renames", "copies")
+    git(clone, "mv", "nanorun/errors.py", "nanorun/mistakes.py")
+    code, patch = REAL_IDENTITY()
+    with recorded_code.worktree(clone, code["commit"], patch, tmp_path / "place") as tree:
+        assert (tree / "nanorun/mistakes.py").exists()
+        assert not (tree / "nanorun/errors.py").exists()
 
 
 def test_a_checkout_runs_no_hook_and_is_taken_away(clone, tmp_path):

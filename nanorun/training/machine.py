@@ -95,7 +95,8 @@ def code_identity() -> tuple[dict[str, Any], str | None]:
     if not tracked:
         return {"version": nanorun.__version__, "commit": None, "dirty": False, "patch": None}, None
     top = Path(_git(package, "rev-parse", "--show-toplevel") or package)
-    patch = _git(top, "diff", "HEAD", "--", "nanorun", "configs") or ""
+    # A patch with a rename, which git's settings may ask for, does not show the code that it moves.
+    patch = _git(top, "diff", "--no-renames", "HEAD", "--", "nanorun", "configs") or ""
     new = _git(top, "ls-files", "--others", "--exclude-standard", "--", "nanorun", "configs") or ""
     whole = patch and len(patch) <= MAX_PATCH_BYTES
     code = {

@@ -32,6 +32,11 @@ ALLOWED = ("nanorun", "configs", "outside")
 """The folders that a run's patch can be about."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_UNREADABLE = re.compile(
+    r"^(GIT binary patch|Binary files |(?:rename|copy) (?:from|to|old|new) )|\0", re.MULTILINE
+)
+"""What git applies and a reader of the patch does not see: code as bytes, and code that comes from another name."""
+_COMPILED = (".pyc", ".pyo", ".so", ".pyd", ".dll", ".dylib")
 
 
 def outside_names(record: Record) -> list[str]:
@@ -130,7 +135,7 @@ def worktree(repository: Path, commit: str, patch: str | None, place: Path) -> I
     """Lay a commit with a patch out at `place`, and take it away after. Raises UserError.
 
     No hook runs, and git refuses a patch that reaches out of the tree; one that touches anything but nanorun,
-    configs and outside is refused here.
+    configs and outside, or whose text does not show the code it makes, is refused here.
     """
     _remove(repository, place)
     try:
@@ -145,14 +150,17 @@ def worktree(repository: Path, commit: str, patch: str | None, place: Path) -> I
 
 
 def _apply(place: Path, patch: str) -> None:
+    hidden = _UNREADABLE.search(patch)
     listed = _git(place, "apply", "--numstat", "-z", "-", said=patch)
-    names = [line.split("\t", 2)[2] for line in listed.stdout.split("\0") if line.count("\t") >= 2]
-    for name in names:
-        if name.startswith("/") or ".." in PurePath(name).parts or PurePath(name).parts[0] not in ALLOWED:
-            raise UserError(
-                f"the record's patch touches {ascii(name)[:80]}, and a run's patch is about {', '.join(ALLOWED)} "
-                "alone: nothing of it was applied"
-            )
+    if hidden or re.search(r"(?:^|\0)-\t-\t", listed.stdout):
+        what = ascii(hidden[0].strip()) if hidden else "bytes that are no text"
+        raise UserError(
+            f"the record's patch holds {what}, so its text does not show all the code that would run: nothing of it "
+            "was applied"
+        )
+    for line in listed.stdout.split("\0"):
+        if line.count("\t") >= 2:
+            _check_name(line.split("\t", 2)[2])
     done = _git(place, "apply", "--index", "--whitespace=nowarn", "-", said=patch)
     if listed.returncode or done.returncode:
         raise UserError(
@@ -163,6 +171,23 @@ def _apply(place: Path, patch: str) -> None:
     if re.search(r"^:[0-7]+ 120000 ", _git(place, "diff", "--cached", "--raw", "HEAD").stdout, re.MULTILINE):
         raise UserError(
             "the record's patch makes a symbolic link, and no run leaves such a patch: it was not run"
+        )
+
+
+def _check_name(name: str) -> None:
+    """Return nothing, or raise UserError for a file that no run's patch is about."""
+    parts = PurePath(name).parts
+    if name.startswith("/") or ".." in parts or not parts or parts[0] not in ALLOWED:
+        raise UserError(
+            f"the record's patch touches {ascii(name)[:80]}, and a run's patch is about {', '.join(ALLOWED)} "
+            "alone: nothing of it was applied"
+        )
+    lower = [part.casefold() for part in parts]
+    hidden = any(part == "__pycache__" or part.startswith(".git") for part in lower)
+    if hidden or lower[-1].endswith(_COMPILED):
+        raise UserError(
+            f"the record's patch touches {ascii(name)[:80]}, which is compiled code or git's own, and no run leaves "
+            "such a patch: nothing of it was applied"
         )
 
 
