@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import io
 import json
 import os
@@ -469,6 +471,27 @@ def test_trusted_code_needs_a_commit_that_is_at_hand(outside_record, again):
 def test_a_commit_outside_the_history_here_needs_trust(make_record, again):
     with pytest.raises(UserError, match="not in the history of the code here"):
         again(make_record(), at_commit=True)
+
+
+@pytest.mark.parametrize("what", ["a patch", "a commit"])
+def test_trust_in_a_record_from_an_unknown_commit_is_told_to_be_trust_in_all_of_it(
+    make_record, shakespeare_folder, what
+):
+    folder = make_record()
+    if what == "a patch":
+        with_patch(folder, PATCH)
+    request = Request(str(folder), data=shakespeare_folder, at_commit=what == "a commit")
+    words = f"all code of commit {'a' * 40} runs"
+    look = f"git diff HEAD...{'a' * 40}"
+    with pytest.raises(UserError, match="--trust-code") as refused:
+        reproduce(request, QUIET)
+    assert words in str(refused.value)
+    assert look in str(refused.value)
+    out = io.StringIO()
+    with pytest.raises(UserError, match="git clone that holds it"):
+        reproduce(dataclasses.replace(request, trust_code=True), Console(file=out, width=300))
+    assert words in out.getvalue()
+    assert look in out.getvalue()
 
 
 def git(folder, *words):

@@ -195,20 +195,34 @@ def _repository(
         recorded_code.show_code(console, record, patch, folder / "source.patch")
         what = "an optimizer from outside nanorun" if outside else "a patch of nanorun's code"
         if not request.trust_code:
+            whole = "" if recorded_code.is_in_history(record) else f"; {_all_of_its_commit(record)}"
             raise UserError(
                 f"{record.id} ran with {what}, and running it runs somebody else's program with your rights: read it "
-                f"above and in {folder / 'source.patch'}, then add --trust-code"
+                f"above and in {folder / 'source.patch'}, then add --trust-code{whole}"
             )
     elif not request.at_commit:
         return None
-    elif not request.trust_code and not recorded_code.is_in_history(record):
-        raise UserError(
-            f"{record.id} ran at commit {printable(str(record.code.commit))}, which is not in the history of the code "
-            "here: look at it (git show), then add --trust-code to run it"
-        )
+    _check_history(request, record, console)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("code that is checked out for the run takes one rank: start it without torchrun")
     return recorded_code.repository_of(record)
+
+
+def _check_history(request: Request, record: Record, console: Console) -> None:
+    """Say that a commit from elsewhere runs, before it does. Raises UserError where it is not trusted."""
+    if recorded_code.is_in_history(record):
+        return
+    if not request.trust_code:
+        raise UserError(f"{record.id}: {_all_of_its_commit(record)}, then add --trust-code to run it")
+    say(console, f"note: {_all_of_its_commit(record)}")
+
+
+def _all_of_its_commit(record: Record) -> str:
+    commit = printable(str(record.code.commit))
+    return (
+        f"all code of commit {commit} runs, not a patch alone, and that commit is not in the history of the code "
+        f"here: look at it with: git diff HEAD...{commit}"
+    )
 
 
 def _data_of(record: Record, root: Path) -> Path:
