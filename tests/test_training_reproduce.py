@@ -406,6 +406,14 @@ def test_a_long_patch_is_shown_so_far_and_the_rest_is_counted_and_placed(make_re
     assert f"characters more, not shown: read the whole in {folder.resolve()}/source.patch" in out.getvalue()
 
 
+def test_shown_code_keeps_what_looks_like_an_emoji(make_record, shakespeare_folder):
+    folder = with_patch(make_record(), PATCH + "+x = a[b:end:c]\n")
+    out = io.StringIO()
+    with pytest.raises(UserError, match="--trust-code"):
+        reproduce(Request(str(folder), data=shakespeare_folder), Console(file=out, width=300))
+    assert "+x = a[b:end:c]" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     "make", [lambda path: None, lambda path: os.mkfifo(path), lambda path: path.write_bytes(b"\xff")]
 )

@@ -66,7 +66,7 @@ class RunProgress:
 
     def _plain(self, line: str) -> None:
         self._last_line = time.monotonic()
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _line(self, step: int, loss: float, seconds: float) -> str:
         if self._began is None:

@@ -329,4 +329,4 @@ def say(console: Console, text: str) -> None:
     """Print a line as it is, as far as the terminal's encoding goes: names in it come from files."""
     if text:
         text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
