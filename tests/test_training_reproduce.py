@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +274,42 @@ def test_a_record_that_cannot_be_run_is_refused_in_a_sentence(make_record, again
     assert why in str(refused.value)
     assert files_of(folder) == []
     assert not list(Path("runs").glob("*-reproduce-*"))
+
+
+def a_plan(runs):
+    """What of a plan its folder is made from."""
+    return SimpleNamespace(
+        request=Request("", runs=runs), record=SimpleNamespace(id="2026-11-24-muon-1a2b3c4d")
+    )
+
+
+@pytest.fixture
+def _one_second(monkeypatch):
+    now = datetime.datetime(2026, 11, 24, 12, 30)
+    monkeypatch.setattr(
+        reproduce_module, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now))
+    )
+
+
+@pytest.mark.usefixtures("_one_second")
+def test_reproductions_begun_in_one_second_take_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(reproduce_module._private_folder, [a_plan(tmp_path / "runs")] * 8))
+    assert len(set(folders)) == 8
+    assert sorted((tmp_path / "runs").iterdir()) == sorted(folders)
+
+
+@pytest.mark.usefixtures("_one_second")
+def test_a_rank_that_does_not_lead_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    reproduce_module._private_folder(a_plan(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_runs_that_cannot_be_made_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be made .* with --runs"):
+        reproduce_module._private_folder(a_plan(tmp_path / "runs"))
 
 
 def test_another_corpus_is_refused_with_what_differs_or_the_command_that_prepares_it(

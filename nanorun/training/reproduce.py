@@ -46,7 +46,7 @@ from nanorun.records.states import (
 from nanorun.tables import flattened, read_toml, to_toml
 from nanorun.tracks import Significance, Track, load_track, track_names
 from nanorun.training import distributed, machine, recorded_code
-from nanorun.training.setup import Options, say
+from nanorun.training.setup import ELSEWHERE, Options, say
 from nanorun.training.train import train
 
 BUSY_LOAD = 0.5
@@ -94,7 +94,7 @@ def reproduce(request: Request, console: Console) -> dict[str, Any]:
 
     Raises UserError, Stopped, and RunFailed where the run fails or does not agree with the record.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not _leads():
         console = Console(quiet=True)
     load_before = _load()
     plan = _planned(request, console)
@@ -354,13 +354,28 @@ def _say_plan(plan: Plan, notes: tuple[str, ...], console: Console) -> None:
 
 
 def _private_folder(plan: Plan) -> Path:
-    """Return the folder that holds all of this reproduction's own files; made by the run."""
+    """Return the folder that holds all of this reproduction's own files, made by the leading rank for it alone."""
     if plan.request.resume is not None:
         return plan.request.resume.resolve()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = plan.request.runs.resolve() / f"{stamp}-reproduce-{plan.record.id}"
-    taken = (base.with_name(f"{base.name}-{n}") if n > 1 else base for n in range(1, 1000))
-    return next(folder for folder in taken if not folder.exists())
+    if not _leads():
+        return base  # it writes nothing there
+    for n in range(1, 1000):
+        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); {ELSEWHERE}") from None
+        return folder
+    raise UserError(f"{base}: a thousand reproductions began in this second; start again")
+
+
+def _leads() -> bool:
+    """Whether this process is the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run_again(plan: Plan, private: Path, console: Console) -> Record | None:
@@ -383,9 +398,10 @@ def _run_again(plan: Plan, private: Path, console: Console) -> Record | None:
             f"machine: nanorun contest {plan.record.id} --reason TEXT"
         ) from None
     finally:
-        with suppress(OSError):
-            private.rmdir()  # of a run that ended before its first step
-    if os.environ.get("RANK", "0") != "0":
+        if _leads():
+            with suppress(OSError):
+                private.rmdir()  # of a run that ended before its first step
+    if not _leads():
         return None
     found, skipped = read_records(private / "records", plan.record.track)
     if len(found) != 1:
@@ -427,7 +443,6 @@ def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None,
     """Run `nanorun train` from a checkout of the record's commit, in a process of its own."""
     record = plan.record
     commit = str(record.code.commit)
-    private.mkdir(parents=True, exist_ok=True)
     with recorded_code.worktree(repository, commit, plan.patch, private / "worktree") as tree:
         if resume is None:
             words = _words_of_a_new_run(plan, private, tree)
