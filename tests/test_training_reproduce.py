@@ -734,13 +734,31 @@ def test_a_checkout_that_is_stopped_is_taken_up_again(clone, make_record, again,
     assert state_of(folder).reproductions[0].code.commit == commit
 
 
-def test_a_signal_reaches_the_run_in_its_checkout_once(tmp_path):
+@pytest.fixture
+def handled():
+    """Return a function that handles a signal for the length of the test."""
+    before = {}
+
+    def handle(name, handler):
+        number = signal.Signals[name]
+        before[number] = signal.signal(number, handler)
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"),
+    [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")],
+)
+def test_a_signal_reaches_the_run_in_its_checkout_once(tmp_path, sent, arrives, handled):
     code = (
         "import signal, sys, time, pathlib\n"
         "seen = []\n"
-        "signal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+        f"signal.signal(signal.{arrives}, lambda *_: seen.append(1))\n"
         "pathlib.Path('ready').touch()\n"
-        "until = time.monotonic() + 20\n"
+        "until = time.monotonic() + 10\n"
         "while not seen and time.monotonic() < until: time.sleep(0.01)\n"
         "time.sleep(0.1)\n"
         "sys.exit(74 + len(seen))\n"
@@ -749,14 +767,21 @@ def test_a_signal_reaches_the_run_in_its_checkout_once(tmp_path):
     def interrupt():
         while not (tmp_path / "ready").exists():
             pass
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[sent])
 
+    handled(sent, lambda *_: None)
     sender = threading.Thread(target=interrupt)
     sender.start()
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.Signals[sent])
     assert reproduce_module._wait_for([sys.executable, "-c", code], tmp_path, dict(os.environ)) == 75
     sender.join()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.Signals[sent]) is before
+
+
+def test_a_closed_terminal_that_is_to_be_ignored_does_not_reach_the_run(tmp_path, handled):
+    handled("SIGHUP", signal.SIG_IGN)
+    code = "import os, signal, time\nos.kill(os.getppid(), signal.SIGHUP)\ntime.sleep(0.2)\n"
+    assert reproduce_module._wait_for([sys.executable, "-c", code], tmp_path, dict(os.environ)) == 0
 
 
 def test_the_command_line_prints_one_document_and_ends_in_a_sentence(

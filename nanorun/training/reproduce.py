@@ -499,17 +499,24 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
 
 
 def _wait_for(command: list[str], folder: Path, surroundings: dict[str, str]) -> int:
-    """Return the exit code of a command whose words go to stderr; SIGINT and SIGTERM reach it once each."""
+    """Return the exit code of a command whose words go to stderr; SIGINT and SIGTERM reach it once each.
+
+    A terminal that closes reaches it as SIGTERM, unless that is to be ignored, as under nohup: it has no terminal,
+    and would go on without anybody.
+    """
     child = subprocess.Popen(
         command, cwd=folder, env=surroundings, stdout=subprocess.DEVNULL, start_new_session=True
     )
 
     def pass_on(number: int, frame: object) -> None:
         with suppress(ProcessLookupError):
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
+    passed_on = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        passed_on.append(signal.SIGHUP)
     try:
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, pass_on) for number in passed_on}
     except ValueError:  # not the main thread: whoever started it handles the signals
         before = {}
     try:
