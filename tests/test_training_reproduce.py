@@ -261,6 +261,7 @@ CONTRADICTIONS = {
     "track": ({"config": {"track": "sotu"}}, "its config has track 'sotu'"),
     "steps": ({"declared_steps": 7, "completed": False}, "its config has steps 6, and the record says 7"),
     "key": ({"config": {"spam": 1}}, "there is no key 'spam'"),
+    "target": ({"target_val_loss": 0.0}, "has the target 0, and a loss is above 0"),
     "optimizer": ({"config": {"optim": {"default": {"name": "nothing"}}}}, "unknown optimizer 'nothing'"),
 }
 

@@ -179,6 +179,10 @@ def _config_of(record: Record, seed: int | None) -> RunConfig:
                 f"{record.id} contradicts itself: its config has {key} {ascii(in_config)[:60]}, and the record says "
                 f"{ascii(in_record)[:60]}; there is no telling what ran"
             )
+    if record.target_val_loss <= 0:
+        raise UserError(
+            f"{record.id} has the target {record.target_val_loss:g}, and a loss is above 0: no run was made for it"
+        )
     # A name becomes a folder; one that could not be a preset's is made into one.
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)[:60].strip("-.") or "run"
     changes: dict[str, Any] = {"name": name, **({} if seed is None else {"seed": seed})}
