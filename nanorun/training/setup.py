@@ -135,7 +135,8 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
         model = GPT(config.model, vocab_size)
         model.initialise(config.seed)
         model.to(device)
-    except (RuntimeError, MemoryError) as error:  # out of memory, on either device
+    except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
+        # Out of memory on either device, or a size that is no 64-bit integer.
         reason = (str(error).splitlines() or ["out of memory"])[0]
         raise UserError(
             f"a model of {config.model.n_layer} layers, {config.model.n_embd} wide, does not fit this machine "
