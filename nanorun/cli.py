@@ -346,7 +346,10 @@ def contest(
     result = object_to(record, records=records, reason=reason, by=by)
     _print_json(result, as_json)
     if not as_json:
-        typer.echo(printable(f"{result['says']}\nwritten: {result['file']}"))
+        text = printable(f"{result['says']}\nwritten: {result['file']}")
+        # The objection stands already, so a letter that the output lacks must not fail the command.
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 @app.command("import", epilog="Example: nanorun import logs/ --track fineweb-small --dry-run")
@@ -532,8 +535,20 @@ def main() -> None:
         _end(f"failed: {error}", 1)
     except Stopped as stopped:
         _end(str(stopped), 75)
+    except UnicodeEncodeError as error:
+        _end(f"error: {_not_encoded(error)}", 2)
     except OSError as error:
         _end(f"error: {error.filename or 'a file'}: {error.strerror or error}", 2)
+
+
+def _not_encoded(error: UnicodeEncodeError) -> str:
+    letter = f"U+{ord(error.object[error.start]):04X}"
+    if error.encoding.lower().replace("_", "-") == "utf-8":
+        return f"a name or text holds {letter}, a byte that is not UTF-8: give it in UTF-8"
+    return (
+        f"the output takes {error.encoding} alone, and {letter} is not in it: set PYTHONIOENCODING=utf-8, or name a "
+        "file with --out FILE where the command has it"
+    )
 
 
 def _end(text: str, code: int) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records_samples import a_dict
 
 from nanorun import cli
 
 TINY = ["train.steps=4", "train.batch_tokens=512", "validation.from_step=4"]
 TINY += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
 SPRINT = ["train", "--track", "shakespeare-sprint", *(word for one in TINY for word in ("--set", one))]
+REPOSITORY = Path(cli.__file__).parent.parent
 COMMANDS = (
     *("prepare-data", "train", "report", "import", "verify", "compare", "power", "score"),
     *("reproduce", "contest", "optimizers", "sample", "doctor"),
@@ -256,6 +258,54 @@ def test_bad_input_gets_a_sentence_and_exit_code_2(words, said, nanorun):
     code, _, err = nanorun(*words)
     assert code == 2
     assert said in err
+
+
+def in_latin_1(*words):
+    """Run the command line with an output that is not UTF-8; returns (exit code, stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nanorun", *words],
+        capture_output=True,
+        encoding="latin-1",
+        env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_an_output_that_cannot_take_a_page_ends_in_a_sentence_and_a_file_can():
+    content = a_dict(name="\u0141")
+    path = Path("records/sotu", content["id"], "record.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    words = ("report", "--track", "sotu", "--format", "html")
+    code, _, err = in_latin_1(*words)
+    assert code == 2
+    assert "nanorun: error: the output takes latin-1 alone, and U+" in err
+    assert "PYTHONIOENCODING=utf-8, or name a file with --out FILE" in err
+    code, _, err = in_latin_1(*words, "--out", "page.html")
+    assert code == 0, err
+    assert "\u0141" in Path("page.html").read_text(encoding="utf-8")
+
+
+def test_an_objection_signed_with_a_letter_that_the_output_lacks_is_written_and_shown_as_an_escape():
+    content = a_dict()
+    folder = Path("records/sotu", content["id"])
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(content))
+    code, out, err = in_latin_1("contest", str(folder), "--reason", "seen before", "--by", "\u0141ukasz")
+    assert code == 0, err
+    assert r"\u0141ukasz" in out
+    assert len(list((folder / "reproductions").iterdir())) == 1
+
+
+def test_a_name_that_is_not_utf_8_ends_in_a_sentence(nanorun, monkeypatch):
+    def refuse():
+        "\udcff".encode()
+
+    monkeypatch.setattr(cli, "app", refuse)
+    code, _, err = nanorun("report")
+    assert code == 2
+    assert "holds U+DCFF, a byte that is not UTF-8" in err
 
 
 def test_a_full_disk_leaves_nothing_half_written(nanorun, monkeypatch):
