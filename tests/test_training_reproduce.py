@@ -651,6 +651,15 @@ def test_a_run_after_a_rename_leaves_a_patch_that_can_be_run_again(clone, tmp_pa
         assert not (tree / "nanorun/errors.py").exists()
 
 
+def test_a_checkout_leaves_other_worktrees_alone_that_are_away_for_a_moment(clone, tmp_path):
+    git(clone, "worktree", "add", "--detach", str(tmp_path / "mine"), "HEAD")
+    (tmp_path / "mine").rename(tmp_path / "away")
+    with recorded_code.worktree(clone, "HEAD", None, tmp_path / "place"):
+        pass
+    (tmp_path / "away").rename(tmp_path / "mine")
+    assert git(tmp_path / "mine", "status", "--short") == ""
+
+
 def test_a_checkout_runs_no_hook_and_is_taken_away(clone, tmp_path):
     place = tmp_path / "place"
     with recorded_code.worktree(clone, "HEAD", new_file("outside/mine.py"), place) as tree:

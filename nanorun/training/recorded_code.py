@@ -194,7 +194,6 @@ def _check_name(name: str) -> None:
 def _remove(repository: Path, place: Path) -> None:
     _git(repository, "worktree", "remove", "--force", str(place))
     shutil.rmtree(place, ignore_errors=True)
-    _git(repository, "worktree", "prune")
 
 
 def _git(folder: Path, *words: str, said: str | None = None) -> subprocess.CompletedProcess[str]:
