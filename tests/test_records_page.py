@@ -22,7 +22,7 @@ from nanorun.records.record import Record, write_record
 from nanorun.records.report import TrackView, build_table
 from nanorun.records.show import report_text
 from nanorun.records.significance import Rule
-from nanorun.records.states import contest
+from nanorun.records.states import contest, state_key
 
 SOTU = TrackView("sotu", TARGET, "seconds", Rule("t", n=3, alpha=0.05))
 VOID = {"meta", "link", "input", "br", "path", "rect", "circle"}
@@ -313,7 +313,9 @@ def test_the_same_records_give_the_same_bytes_in_whatever_order_they_come():
 
 
 def test_a_card_holds_config_hardware_clock_and_curve():
-    outline = Outline(page(two_rows(), states={two_rows()[-1].id: ("reproduced", "reproduced by somebody")}))
+    outline = Outline(
+        page(two_rows(), states={state_key(two_rows()[-1]): ("reproduced", "reproduced by somebody")})
+    )
     data = outline.data()
     cards = outline.all("details", class_="card")
     assert [attributes["data-run"] for attributes, _ in cards] == list("012345")
