@@ -11,6 +11,8 @@ from nanorun.errors import UserError
 
 def write_whole(path: Path, text: str, *, mend: str) -> None:
     """Leave `text` at `path`, its folder made first, or nothing; UserError with the path, why, and `mend`."""
+    if not path.name:
+        raise UserError(f"{path}: is a folder, and no name of a file; {mend}")
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

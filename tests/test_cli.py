@@ -250,6 +250,7 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, nanorun):
         (["trian"], "No such command 'trian'"),
         (["train", "--optm", "muon"], "--optim"),
         (["report", "--out", "empty.txt/report.md"], "choose another --out"),
+        (["report", "--out", "."], "is a folder, and no name of a file; choose another --out"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_exit_code_2(words, said, nanorun):

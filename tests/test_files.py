@@ -33,3 +33,12 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(UserError, match=r"a/b\.txt: cannot be written"):
         write_whole(tmp_path / "a" / "b.txt", "text", mend="mend it")
+
+
+@pytest.mark.parametrize("path", [".", "", "/", ".."])
+def test_a_folder_in_the_place_of_a_file_is_refused_in_a_sentence(path: str, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"; mend it$"):
+        write_whole(Path(path), "text", mend="mend it")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]

@@ -15,7 +15,7 @@ from nanorun.records.agreement import (
     compare_runs,
     differences,
 )
-from nanorun.records.record import Record
+from nanorun.records.record import Reached, Record, ValidationPoint
 
 RECORD = a_record(final=1.5)
 
@@ -96,9 +96,64 @@ def test_other_initial_weights_are_allowed_what_other_seeds_are(changes: dict[st
     found = compare(again(final=1.5 * 1.02, **changes))
     assert found.verdict == "agrees"
     assert found.loss_tolerance == pytest.approx(1.5 * OTHER_SEED)
-    wide = compare(again(final=1.55, **changes), others=(1.48, 1.52, 1.5))
-    assert wide.loss_tolerance > 1.5 * OTHER_SEED
-    assert wide.verdict == "agrees"
+
+
+@pytest.mark.parametrize(("changes", "share"), [({}, SAME_SEED), ({"seed": 9}, OTHER_SEED)])
+def test_the_spread_of_other_seeds_never_widens_what_is_allowed(changes: dict[str, Any], share: float):
+    for others in ((1.48, 1.52), (1.48, 1.52, 1.5)):
+        found = compare(again(final=1.57, **changes), others=others)
+        assert found.loss_tolerance == pytest.approx(1.5 * share)
+        assert found.verdict == "disagrees"
+
+
+def with_curve(record: Record, **changes: float) -> Record:
+    """The record with other losses at some steps, as in `s500=1.54`, and its crossing as that curve has it."""
+    losses = {int(name[1:]): loss for name, loss in changes.items()}
+    curve = tuple(p._replace(val_loss=losses.get(p.step, p.val_loss)) for p in record.validation)
+    crossing = next((p for p in curve if p.val_loss <= record.target_val_loss), None)
+    reached = crossing and Reached(crossing.step, crossing.train_seconds)
+    return dataclasses.replace(record, validation=curve, reached=reached)
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 9}, {"initial_weights_sha256": "0" * 64}])
+def test_a_crossing_that_the_run_again_does_not_bear_out_contests_the_record(changes: dict[str, Any]):
+    claimed = with_curve(RECORD, s500=1.54)
+    assert claimed.reached == Reached(500, 15.6)
+    found = compare(again(**changes), of=claimed)
+    assert abs(found.recorded_val_loss - found.reproduced_val_loss) == 0
+    assert (found.verdict, found.loss_agrees, found.crossing_step) == ("disagrees", False, 500)
+    assert "at step 500, where the record first reached its target, 1.540000 recorded" in found.reasons[1]
+    assert compare(again(**changes)).verdict == "agrees"
+
+
+def test_a_crossing_borne_out_within_the_tolerance_or_from_below_agrees():
+    for loss in (1.545, 1.2):
+        assert compare(with_curve(again(), s500=loss), of=with_curve(RECORD, s500=1.54)).verdict == "agrees"
+
+
+def test_a_crossing_at_a_step_that_the_run_again_does_not_validate_contests_the_record():
+    invented = ValidationPoint(450, 450 * 4096, 14.0, 1.54)
+    curve = (*RECORD.validation[:5], invented, *RECORD.validation[5:])
+    claimed = dataclasses.replace(RECORD, validation=curve, reached=Reached(450, 14.0))
+    found = compare(again(), of=claimed)
+    assert found.verdict == "disagrees"
+    assert "at step 450, which was not validated here" in found.reasons[1]
+
+
+def test_a_crossing_claimed_without_a_curve_is_held_against_the_target():
+    claimed = dataclasses.replace(RECORD, validation=(), reached=Reached(500, 15.6))
+    assert compare(again(), of=claimed).verdict == "disagrees"
+    assert compare(with_curve(again(), s500=1.55), of=claimed).verdict == "agrees"
+
+
+def test_a_run_that_ends_at_its_target_before_the_record_did_bears_it_out():
+    claimed = dataclasses.replace(with_curve(RECORD, s600=1.551), stop_at_target=True)
+    earlier = with_curve(again(), s600=1.549)
+    cut = earlier.validation[:7]
+    earlier = dataclasses.replace(earlier, validation=cut, steps=600, final_val_loss=1.549)
+    assert claimed.reached is not None
+    assert claimed.reached.step > cut[-1].step
+    assert compare(earlier, of=claimed).verdict == "agrees"
 
 
 def test_losses_over_other_validation_tokens_do_not_agree():

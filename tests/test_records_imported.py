@@ -174,6 +174,7 @@ def test_imports_are_no_records_and_hide_none(tmp_path, log):
         ({"final_val_loss": 1.0}, "final_val_loss"),
         ({"complete": False}, "complete"),
         ({"claimed_seconds": -1}, "claimed_seconds"),
+        ({"claimed_seconds": 1e200}, "claimed_seconds is 1e+200; wanted a number"),
         ({"state": "proven"}, "state"),
         ({"date": "2026-02-31"}, "date"),
         ({"id": "../../x"}, "id"),

@@ -9,6 +9,7 @@ from records_samples import a_record
 
 from nanorun.records.readme import readme_text
 from nanorun.records.record import write_record
+from nanorun.records.states import contest
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +47,17 @@ def test_it_is_stale_once_a_record_comes_or_someone_edits_it(nanorun):
     assert nanorun("report", "--readme", "--check")[0] == 0
     Path("records/README.md").write_bytes(before + b"\xff")
     assert nanorun("report", "--readme", "--check")[0] == 1
+
+
+def test_it_says_which_records_are_contested_and_is_stale_until_it_does(nanorun):
+    nanorun("report", "--readme")
+    record = a_record(seed=1)
+    contest(record.id, records=Path("records"), reason="validated on <b>training</b> text", by="Eve")
+    assert nanorun("report", "--readme", "--check")[0] == 1
+    nanorun("report", "--readme")
+    text = Path("records/README.md").read_text(encoding="utf-8")
+    assert f"muon: 1 of 2 records contested; {record.id}: contested by Eve" in text
+    assert "\\<b\\>training" in text
 
 
 def test_line_ends_of_another_system_are_not_stale(nanorun):

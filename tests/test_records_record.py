@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,14 +20,17 @@ from nanorun.errors import UserError
 from nanorun.records import record as record_module
 from nanorun.records.record import (
     FORMAT_VERSION,
+    LARGEST_NUMBER,
     MAX_BYTES,
     Record,
     RecordError,
     ValidationPoint,
+    holds_import,
     read_records,
     record_id,
     write_record,
 )
+from nanorun.records.significance import mean, std
 
 
 def put(root: Path, content: dict[str, Any], *, track: str | None = None, folder: str | None = None) -> Path:
@@ -204,6 +208,39 @@ def test_fields_that_contradict_one_another_are_refused():
         Record.from_dict(changed("final_val_loss", 1.2))
     with pytest.raises(RecordError, match="completed is true after 1000 of 2000"):
         Record.from_dict(changed("declared_steps", 2000))
+
+
+def test_a_crossing_has_the_seconds_of_its_validation_point():
+    with pytest.raises(
+        RecordError, match=r"^reached\.seconds is 1\.0, and the validation point of step 800 says 2"
+    ):
+        Record.from_dict(changed("reached.seconds", 1.0))
+    rounded = changed("reached.seconds", round(a_dict()["reached"]["seconds"], 3))
+    assert Record.from_dict(rounded).reached.step == 800
+
+
+@pytest.mark.parametrize(
+    "path", ["clock.train_seconds", "final_val_loss", "validation.3.train_seconds", "peak_memory_mib"]
+)
+def test_a_number_too_large_to_compute_with_is_refused(path: str):
+    with pytest.raises(RecordError, match=r"is 1e\+200; wanted a number of 0 or more and below 1e\+50$"):
+        Record.from_dict(changed(path, 1e200))
+
+
+def test_the_largest_numbers_that_are_read_have_a_mean_and_a_spread():
+    values = [math.nextafter(LARGEST_NUMBER, 0), 0.0, 1.0]
+    assert math.isfinite(mean(values))
+    assert math.isfinite(std(values))
+
+
+def test_a_folder_that_may_not_be_searched_holds_no_import(tmp_path, monkeypatch):
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refuse)
+        found = holds_import(tmp_path)
+    assert not found
 
 
 def test_a_newer_version_says_to_upgrade():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records_samples import a_record
+from records_samples import a_dict, a_record
 from rich.console import Console
 
 from nanorun.errors import UserError
@@ -22,6 +22,7 @@ from nanorun.records import states as states_module
 from nanorun.records.agreement import compare_runs
 from nanorun.records.record import MAX_BYTES, Record, load_json, read_records, write_record
 from nanorun.records.report import TrackView, build_table, print_terminal, to_csv, to_dict, to_markdown
+from nanorun.records.show import report_text
 from nanorun.records.significance import Rule
 from nanorun.records.states import (
     FOLDER,
@@ -188,12 +189,13 @@ def test_ctrl_c_while_writing_leaves_nothing_half_written(folder, record, monkey
 
 
 def test_a_long_curve_is_thinned_to_the_size_that_is_read_back(folder: Path, record: Record):
-    curve = a_record(points=5001, steps=5000).validation
+    curve = a_record(points=1001).validation
     path, state = write_beside(folder, a_reproduction(folder, record, validation=curve))
     assert path.stat().st_size < MAX_BYTES
     assert state.name == "reproduced"
     assert state.reproductions[0].validation[0] == curve[0]
     assert state.reproductions[0].validation[-1] == curve[-1]
+    assert curve[800] in state.reproductions[0].validation
 
 
 BROKEN = {
@@ -252,6 +254,99 @@ RAW = [
 RAW += [b'{"format_version": 1, "kind": "reproduction", "steps": ' + b"9" * 4000 + b"}"]
 
 
+def end_elsewhere(content: dict[str, Any]) -> None:
+    """The file's run ends with another loss than its agreement compares."""
+    content["final_val_loss"] = content["validation"][-1]["val_loss"] = 9.0
+
+
+def compare_earlier(content: dict[str, Any]) -> None:
+    end_elsewhere(content)
+    step = content["validation"][-2]["step"]
+    loss = content["validation"][-2]["val_loss"]
+    content["agreement"].update(compared_step=step, recorded_val_loss=loss, reproduced_val_loss=loss)
+
+
+def widen(content: dict[str, Any]) -> None:
+    end_elsewhere(content)
+    content["final_weights_sha256"] = "e" * 64
+    content["agreement"].update(same_final_weights=False, reproduced_val_loss=9.0, loss_tolerance=8.0)
+
+
+def claim_another_loss(content: dict[str, Any]) -> None:
+    """A record of a wrong loss, judged by the right one."""
+    end_elsewhere(content)
+    content["agreement"].update(recorded_val_loss=9.0, reproduced_val_loss=9.0)
+
+
+def miss_the_crossing(content: dict[str, Any]) -> None:
+    content["final_weights_sha256"] = "e" * 64
+    content["agreement"].update(same_final_weights=False)
+    content["validation"][8]["val_loss"] = 1.7
+
+
+def differ_halfway(content: dict[str, Any]) -> None:
+    content["validation"][4]["val_loss"] = 5.0
+
+
+def take_longer(content: dict[str, Any]) -> None:
+    content["clock"]["train_seconds"] = 100.0
+    content["agreement"].update(reproduced_seconds=100.0)
+
+
+def take_as_long_and_disagree(content: dict[str, Any]) -> None:
+    content["agreement"].update(seconds_agree=False, verdict="disagrees")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (end_elsewhere, "agreement.reproduced_val_loss is 1.54; the record and the run beside it say 9.0"),
+        (compare_earlier, "agreement.compared_step is 900; the record and the run beside it say 1000"),
+        (
+            widen,
+            "agreement.loss_tolerance is 8; wanted at most 0.0077, for the same seed and initial weights",
+        ),
+        (claim_another_loss, "agreement.recorded_val_loss is 9.0; the record and the run beside it say 1.54"),
+        (miss_the_crossing, "agreement.loss_agrees is true, and at step 800, where the record first reached"),
+        (differ_halfway, "agreement.loss_agrees is true, and the losses after step 400 are not of one run"),
+        (take_longer, "agreement.seconds_agree is True, of 31.2 and 100 seconds"),
+        (take_as_long_and_disagree, "agreement.seconds_agree is False, of 31.2 and 31.2 seconds"),
+        (lambda c: c["agreement"].update(recorded_seconds=1.0), "agreement.recorded_seconds is 1.0"),
+        (lambda c: c["agreement"].update(reproduced_seconds=1.0), "agreement.reproduced_seconds is 1.0"),
+        (lambda c: c.update(final_weights_sha256="e" * 64), "agreement.same_final_weights is True"),
+        (lambda c: c.update(initial_weights_sha256="e" * 64), "agreement.same_initial_weights is True"),
+    ],
+)
+def test_a_verdict_that_does_not_follow_from_record_curve_and_clock_decides_nothing(
+    folder, record, change, why: str
+):
+    path, _ = write_beside(folder, a_reproduction(folder, record))
+    content = content_of(path)
+    path.unlink()
+    change(content)
+    put(folder, content)
+    state = state_of(folder)
+    assert state.name == "claimed"
+    ((_, said),) = state.broken
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 730, "points": 2, "validation": []}, {"validation_tokens": 10}]
+)
+def test_a_disagreement_for_another_reason_than_a_loss_contests(folder, record, changes: dict[str, Any]):
+    again = a_record(**changes, reached=None) if "steps" in changes else a_record(**changes)
+    found = compare_runs(record, again, [record], same_code=True)
+    kept = {"steps": again.steps, "validation": again.validation, "agreement": found}
+    _, state = write_beside(folder, a_reproduction(folder, record, **kept))
+    assert (state.name, state.broken) == ("contested", ())
+
+
+def test_the_committed_reproduction_is_believed():
+    folder = Path(__file__).parent.parent / "records/shakespeare-sprint/2026-11-25-muon-0708d573"
+    assert (state_of(folder).name, state_of(folder).broken) == ("reproduced", ())
+
+
 @pytest.mark.parametrize("raw", RAW)
 def test_a_file_of_anything_else_is_named_and_hides_no_good_one(folder, record, raw: bytes):
     write_beside(folder, a_reproduction(folder, record))
@@ -275,6 +370,17 @@ def test_something_else_in_the_place_of_the_folder_is_named(folder: Path, kind: 
     state = state_of(folder)
     assert state.name == "claimed"
     assert len(state.broken) == 1
+
+
+def test_nothing_is_written_through_a_link_in_the_place_of_the_folder(folder, record, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere\x1b[2J"
+    elsewhere.mkdir()
+    (folder / FOLDER).symlink_to(elsewhere)
+    for one in (a_reproduction(folder, record), an_objection(folder)):
+        with pytest.raises(UserError, match=r"is a link to .*remove the link") as caught:
+            write_beside(folder, one)
+        assert str(caught.value).isprintable()
+    assert os.listdir(elsewhere) == []
 
 
 def test_a_folder_of_too_many_files_is_read_so_far_and_the_rest_is_named(folder: Path, monkeypatch):
@@ -358,6 +464,22 @@ def test_the_report_tells_of_each_row_how_many_records_are_reproduced_or_contest
     header, line = to_csv(table(root)).splitlines()
     assert header.endswith("reproduced,contested")
     assert line.endswith("1,1")
+
+
+def test_a_copy_of_the_id_in_another_track_hides_no_contest(tmp_path: Path):
+    root = tmp_path / "records"
+    content = a_dict()
+    contested = write_record(root, Record.from_dict(content), config_toml="", source_patch=None)
+    write_beside(contested, an_objection(contested))
+    copied = Record.from_dict({**content, "track": "zoo"})
+    copy = write_record(root, copied, config_toml="", source_patch=None)
+    assert (copy.name, copy.parent.name) == (contested.name, "zoo")
+    write_beside(copy, a_reproduction(copy, copied))
+    (row,) = table(root).rows
+    assert (row.reproduced, row.contested) == (0, 1)
+    page = report_text(root, track=None, form="html", since=None, hardware=None, console=Console())
+    assert ">contested<" in page
+    assert ">reproduced<" not in page
 
 
 def test_the_report_of_records_that_nobody_looked_at_says_nothing_of_it(tmp_path: Path):

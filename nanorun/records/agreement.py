@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from nanorun.records.record import Code, Hardware, Record, Software
+from nanorun.records.record import Code, Hardware, Record, Software, ValidationPoint
 from nanorun.records.significance import SAME_LOSS, mean, std
 
 SAME_BITS = 1e-5
@@ -50,6 +50,8 @@ class Agreement:
     verdict: str
     """`agrees` or `disagrees`."""
     reasons: tuple[str, ...]
+    crossing_step: int | None = None
+    """The step at which the record first reached its target; None where it never did. Its loss is judged too."""
 
     @property
     def seconds_ratio(self) -> float | None:
@@ -91,7 +93,8 @@ def compare_runs(
     `row` are the records that the report averages with `record`; those of other seeds tell the spread.
     `busy` says why this machine was not quiet; the seconds are then not judged.
     """
-    recorded, reproduced = _losses(record), _losses(again)
+    recorded = losses_by_step(record.steps, record.final_val_loss, record.validation)
+    reproduced = losses_by_step(again.steps, again.final_val_loss, again.validation)
     common = sorted(recorded.keys() & reproduced.keys())
     same_initial = record.initial_weights_sha256 == again.initial_weights_sha256
     same_final = record.final_weights_sha256 == again.final_weights_sha256
@@ -99,13 +102,13 @@ def compare_runs(
         return _without_common_step(record, again, same_initial, same_final)
     step = common[-1]
     largest = max(common, key=lambda one: abs(recorded[one] - reproduced[one]))
-    paired = same_initial and record.seed == again.seed
-    if same_final and step == record.steps == again.steps:
-        tolerance, test = _same_bits(recorded[step])
-        agrees = all(abs(recorded[k] - reproduced[k]) <= SAME_BITS * recorded[k] for k in common)
-    else:
-        tolerance, test = _tolerance(recorded[step], _spread(record, row), paired)
-        agrees = abs(recorded[step] - reproduced[step]) <= tolerance
+    share, kind = widest_share(record, again.seed, same_initial, same_final and again.steps == record.steps)
+    tolerance, test = (
+        _same_bits(recorded[step])
+        if share == SAME_BITS
+        else _tolerance(recorded[step], share, kind, _spread(record, row))
+    )
+    against = loss_contradiction(record, reproduced, share, tolerance)
     same_tokens = record.validation_tokens == again.validation_tokens
     seconds_agree, seconds_test = _judge_seconds(record, again, same_code, busy)
     seconds = record.clock["train_seconds"], again.clock["train_seconds"]
@@ -117,7 +120,7 @@ def compare_runs(
         reproduced_val_loss=reproduced[step],
         loss_tolerance=tolerance,
         loss_test=test,
-        loss_agrees=agrees and same_tokens,
+        loss_agrees=not against and same_tokens,
         points_compared=len(common),
         largest_difference=abs(recorded[largest] - reproduced[largest]),
         largest_difference_step=largest,
@@ -127,13 +130,76 @@ def compare_runs(
         seconds_test=seconds_test,
         verdict="",
         reasons=(),
+        crossing_step=record.reached.step if record.reached else None,
     )
-    return _with_verdict(found, record, again)
+    return _with_verdict(found, record, again, against)
 
 
-def _losses(record: Record) -> dict[int, float]:
-    """Step to validation loss, the last step's included."""
-    return {record.steps: record.final_val_loss} | {p.step: p.val_loss for p in record.validation}
+def losses_by_step(steps: int, final: float, validation: Sequence[ValidationPoint]) -> dict[int, float]:
+    """Return step to validation loss, the last step's included."""
+    return {steps: final} | {point.step: point.val_loss for point in validation}
+
+
+def widest_share(record: Record, seed: int, same_initial: bool, same_final: bool) -> tuple[float, str]:
+    """Return the share of a recorded loss that a run again may differ by at most, and in words what it is for.
+
+    `same_final` is for runs of the same length alone.
+    """
+    if same_final:
+        return SAME_BITS, "the same final weights"
+    if same_initial and seed == record.seed:
+        return SAME_SEED, "the same seed and initial weights"
+    return OTHER_SEED, "another seed or other initial weights"
+
+
+def loss_contradiction(
+    record: Record, reproduced: Mapping[int, float], share: float, tolerance: float
+) -> str | None:
+    """Return what of the record's losses a run again contradicts, its losses being `reproduced`; None for nothing.
+
+    `share` is the widest that there is for such a pair, and `tolerance` what holds here, in nats.
+    """
+    recorded = losses_by_step(record.steps, record.final_val_loss, record.validation)
+    common = sorted(recorded.keys() & reproduced.keys())
+    if not common:
+        return "no step was validated in both runs"
+    step = common[-1]
+    if abs(recorded[step] - reproduced[step]) > tolerance:
+        return f"the losses after step {step} are {abs(recorded[step] - reproduced[step]):.4g} apart"
+    apart = [k for k in common if abs(recorded[k] - reproduced[k]) > SAME_BITS * recorded[k]]
+    if share == SAME_BITS and apart:
+        return f"the losses after step {apart[0]} are not of one run"
+    return _crossing_contradiction(record, recorded, reproduced, share, tolerance)
+
+
+def _crossing_contradiction(
+    record: Record,
+    recorded: Mapping[int, float],
+    reproduced: Mapping[int, float],
+    share: float,
+    tolerance: float,
+) -> str | None:
+    """Return why the run again does not bear out the record's first crossing of its target; None where it does.
+
+    A lower loss there, or an earlier crossing, bears it out. The spread of a row tells of last steps, so that it
+    narrows the tolerance here for runs of one seed alone: other seeds lie further apart halfway.
+    """
+    if record.reached is None:
+        return None
+    step = record.reached.step
+    if step not in reproduced:
+        if any(loss <= record.target_val_loss for at, loss in reproduced.items() if at < step):
+            return None
+        return f"the record first reached its target at step {step}, which was not validated here"
+    # A record without its curve says of this step only that its loss was at the target or below.
+    claimed = recorded.get(step, record.target_val_loss)
+    allowed = share * claimed if share == OTHER_SEED else tolerance
+    if reproduced[step] - claimed <= allowed:
+        return None
+    return (
+        f"at step {step}, where the record first reached its target, {claimed:.6f} recorded, {reproduced[step]:.6f} "
+        f"here, more than {allowed:.6f} above"
+    )
 
 
 def _without_common_step(record: Record, again: Record, same_initial: bool, same_final: bool) -> Agreement:
@@ -156,6 +222,7 @@ def _without_common_step(record: Record, again: Record, same_initial: bool, same
         seconds_test="seconds are not judged: the runs have different lengths",
         verdict="disagrees",
         reasons=(why,),
+        crossing_step=record.reached.step if record.reached else None,
     )
 
 
@@ -181,13 +248,15 @@ def _spread(record: Record, row: Sequence[Record]) -> tuple[float, int] | None:
     return None if spread is None or spread < SAME_LOSS else (spread, len(losses))
 
 
-def _tolerance(loss: float, spread: tuple[float, int] | None, paired: bool) -> tuple[float, str]:
-    """Return how far the two losses may lie apart, in nats, and the criterion in words."""
-    share = SAME_SEED if paired else OTHER_SEED
-    seeds = "the same seed and initial weights" if paired else "another seed or other initial weights"
+def _tolerance(loss: float, share: float, kind: str, spread: tuple[float, int] | None) -> tuple[float, str]:
+    """Return how far the two losses may lie apart, in nats, and the criterion in words.
+
+    The spread of a row only narrows it: that of two seeds is so ill known that its test allows 18 times of it.
+    """
+    widest = share * loss
     if spread is None:
-        return share * loss, (
-            f"the losses may differ by {share * loss:.4f}: {100 * share:g} % of the recorded one, for {seeds}; "
+        return widest, (
+            f"the losses may differ by {widest:.4f}: {100 * share:g} % of the recorded one, for {kind}; "
             "a rule of thumb, since the row has no two other seeds to tell its spread"
         )
     from scipy.special import stdtrit
@@ -198,11 +267,9 @@ def _tolerance(loss: float, spread: tuple[float, int] | None, paired: bool) -> t
         f"t-test of one difference against the spread of the row's {n} other seeds (s = {s:.4f}, {n - 1} degrees of "
         f"freedom, two-sided, {LEVEL:g}): {by_spread:.4f}; it assumes normal losses of one spread"
     )
-    if not paired:
-        return by_spread, f"the losses may differ by {by_spread:.4f}, for {seeds}: {test}"
-    tolerance = min(by_spread, share * loss)
+    tolerance = min(by_spread, widest)
     return tolerance, (
-        f"the losses may differ by {tolerance:.4f}, for {seeds}: the smaller of {share * loss:.4f}, "
+        f"the losses may differ by {tolerance:.4f}, for {kind}: the smaller of {widest:.4f}, "
         f"{100 * share:g} % of the recorded one, and of a {test}"
     )
 
@@ -214,7 +281,12 @@ def _judge_seconds(record: Record, again: Record, same_code: bool, busy: str) ->
         return None, f"seconds are told and not judged: {why}"
     test = f"seconds have to agree within a factor of {SAME_SECONDS:g}: like hardware, software and code"
     recorded, reproduced = record.clock["train_seconds"], again.clock["train_seconds"]
-    return recorded / SAME_SECONDS <= reproduced <= recorded * SAME_SECONDS, test
+    return seconds_are_near(recorded, reproduced), test
+
+
+def seconds_are_near(recorded: float, reproduced: float) -> bool:
+    """Return whether the seconds of two like runs agree."""
+    return recorded / SAME_SECONDS <= reproduced <= recorded * SAME_SECONDS
 
 
 def _not_like(record: Record, again: Record, same_code: bool) -> str:
@@ -232,8 +304,8 @@ def _not_like(record: Record, again: Record, same_code: bool) -> str:
     return next((why for why, alike in checks.items() if not alike), "")
 
 
-def _with_verdict(found: Agreement, record: Record, again: Record) -> Agreement:
-    """The same comparison with its verdict and the reasons for it."""
+def _with_verdict(found: Agreement, record: Record, again: Record, against: str | None) -> Agreement:
+    """The same comparison with its verdict and the reasons for it; `against` is what the losses contradict."""
     apart = abs(found.recorded_val_loss - found.reproduced_val_loss)
     sign = "at most" if apart <= found.loss_tolerance else "more than"
     reasons = [
@@ -244,6 +316,8 @@ def _with_verdict(found: Agreement, record: Record, again: Record) -> Agreement:
         reasons.append("the final weights are the same to the bit")
     elif found.same_final_weights:
         reasons.append("the final weights are the same to the bit, and the recorded losses are not theirs")
+    elif against and apart <= found.loss_tolerance:
+        reasons.append(against)
     if record.validation_tokens != again.validation_tokens:
         reasons.append(
             f"a validation of the record predicts {record.validation_tokens:,} tokens, here "

@@ -34,6 +34,7 @@ from nanorun.records.report import (
     row_cells,
     rule_line,
 )
+from nanorun.records.states import state_key
 from nanorun.records.times import of_records
 from nanorun.tables import flattened
 
@@ -55,7 +56,7 @@ def render_page(
 ) -> str:
     """Return the whole page as text; the same records give the same text.
 
-    `summaries` says in a sentence what each track is. `states` says of a record, by its id, in a word and in a
+    `summaries` says in a sentence what each track is. `states` says of a record, by `state_key`, in a word and in a
     sentence whether it was reproduced or contested; a record that it does not name is claimed.
     `imports` holds the table of foreign logs of a track.
     """
@@ -312,7 +313,7 @@ def _group(
         "mark": _mark(place),
         "place": place,
         "cards": [
-            _card(record, place, table.track.target_val_loss, data, states.get(record.id, CLAIMED))
+            _card(record, place, table.track.target_val_loss, data, states.get(state_key(record), CLAIMED))
             for record in sorted(group, key=lambda record: (record.seed, record.created, record.id))
         ],
     }

@@ -13,6 +13,7 @@ from nanorun.records.index import indexed_records
 from nanorun.records.record import Skipped
 from nanorun.records.report import TrackView, build_table, markdown_text, to_markdown
 from nanorun.records.show import target_of
+from nanorun.records.states import states_of
 from nanorun.tracks import load_track, track_names
 
 COMMAND = "nanorun report --readme"
@@ -26,6 +27,7 @@ that conflicts here is mended by rendering it again. A record is a folder, `<tra
 def readme_text(root: Path) -> str:
     """Return the README of the records under `root`."""
     records, skipped = indexed_records(root, None, target_of)
+    states = states_of(root, records)
     beside = [Skipped(path.relative_to(root), why) for path, why in skipped]
     held = sorted({record.track for record in records} | {path.parent.name for path, _ in beside})
     known = track_names()
@@ -35,7 +37,8 @@ def readme_text(root: Path) -> str:
     for name in held:
         if name in known:
             of_track = [one for one in beside if one.path.parent.name == name]
-            parts.append(to_markdown(build_table(TrackView.of(load_track(name)), records, skipped=of_track)))
+            view = TrackView.of(load_track(name))
+            parts.append(to_markdown(build_table(view, records, skipped=of_track, states=states)))
         else:
             parts.append(f"### {markdown_text(name)}\n\nRecords of a track that is not here.\n")
     return "\n".join(parts)

@@ -30,6 +30,9 @@ IMPORT_FILE = "import.json"
 MAX_BYTES = 100_000
 """A record.json is smaller than this, written or read."""
 
+LARGEST_NUMBER = 1e50
+"""No number of a record is as large: all that float32 can hold is far below, and a square is still a number."""
+
 RECORD_ID = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-[a-z0-9._-]{1,60}-[0-9a-f]{8}")
 _CREATED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|\+00:00)")
 _CLOCK_KEYS = tuple(f"{what}_seconds" for what in ("train", "compile", "validation", "checkpoint", "total"))
@@ -285,7 +288,8 @@ def read_records(root: Path, track: str | None = None) -> tuple[list[Record], li
 
 def holds_import(folder: Path) -> bool:
     """Whether a folder holds what was imported from a foreign log, and no record of ours."""
-    return (folder / IMPORT_FILE).exists() and not os.path.lexists(folder / "record.json")
+    # Path.exists raises for a folder that may not be searched.
+    return os.path.exists(folder / IMPORT_FILE) and not os.path.lexists(folder / "record.json")
 
 
 def track_folders(root: Path, track: str | None = None) -> list[Path]:
@@ -368,15 +372,26 @@ def check_sense(record: Record) -> None:
     if not record.validation:
         return
     target = record.target_val_loss
-    crossing = next((point.step for point in record.validation if point.val_loss <= target), None)
+    crossing = next((point for point in record.validation if point.val_loss <= target), None)
+    step = crossing.step if crossing else None
     claimed = record.reached.step if record.reached else None
-    if crossing != claimed:
-        raise RecordError(f"says step {claimed}, and the validation points say step {crossing}", "reached")
+    if step != claimed:
+        raise RecordError(f"says step {claimed}, and the validation points say step {step}", "reached")
+    if crossing and record.reached and not _same_seconds(record.reached.seconds, crossing.train_seconds):
+        raise RecordError(
+            f"is {record.reached.seconds}, and the validation point of step {step} says {crossing.train_seconds}",
+            "reached.seconds",
+        )
     last = record.validation[-1]
     if last.step == record.steps and not math.isclose(last.val_loss, record.final_val_loss, rel_tol=1e-6):
         raise RecordError(
             f"is {record.final_val_loss}, and the last validation says {last.val_loss}", "final_val_loss"
         )
+
+
+def _same_seconds(one: float, other: float) -> bool:
+    """Whether two readings of one moment agree; clocks are written in tenths of milliseconds."""
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-3)
 
 
 def _check_words(record: Record) -> None:
@@ -471,11 +486,11 @@ def _shown(value: object) -> str:
 
 
 def _number(value: object) -> float:
-    if type(value) is float and 0.0 <= value < math.inf:
+    if type(value) is float and 0.0 <= value < LARGEST_NUMBER:
         return value
     if type(value) is int and 0 <= value < 2**63:
         return float(value)
-    raise RecordError(f"is {_shown(value)}; wanted a finite number of 0 or more")
+    raise RecordError(f"is {_shown(value)}; wanted a number of 0 or more and below {LARGEST_NUMBER:g}")
 
 
 def _whole_number(value: object) -> int:

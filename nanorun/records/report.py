@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nanorun.errors import UserError
 from nanorun.records.record import Record, Skipped
 from nanorun.records.significance import Rule, Verdict, compare_seconds, judge, mean, std
-from nanorun.records.states import State
+from nanorun.records.states import State, state_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,7 +137,7 @@ def build_table(
 ) -> Table:
     """Return the table of a track's records; records of other tracks are passed over.
 
-    `states` are those of the records that are more than claimed, by their ids.
+    `states` are those of the records that are more than claimed, by `state_key`.
 
     `hardware` keeps the machines whose label contains it, `since` (a day or an ISO 8601 time, UTC where it
     names no zone) the runs made then or later. Raises UserError for a `since` that is neither.
@@ -422,13 +422,13 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
 
 
 def _with_states(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Row:
-    names = [states[record.id].name for record in group if record.id in states]
+    names = [states[key].name for key in map(state_key, group) if key in states]
     return dataclasses.replace(row, reproduced=names.count("reproduced"), contested=names.count("contested"))
 
 
 def _state_notes(row: Row, group: Sequence[Record], states: Mapping[str, State]) -> Iterator[str]:
     """How many of the row's records are more than claimed, with the newest word on one; and broken files."""
-    found = [(record, states[record.id]) for record in group if record.id in states]
+    found = [(record, states[state_key(record)]) for record in group if state_key(record) in states]
     for name, count in (("contested", row.contested), ("reproduced", row.reproduced)):
         if count:
             record, state = [pair for pair in found if pair[1].name == name][-1]

@@ -102,7 +102,7 @@ def _page(tables: list[Table], states: dict[str, State], foreign: list[imported_
     return render_page(
         order,
         summaries={one.track.name: load_track(one.track.name).summary for one in tables},
-        states={record: (state.name, state.describe()) for record, state in states.items()},
+        states={key: (state.name, state.describe()) for key, state in states.items()},
         imports={table.track.name: other for table, other in zip(tables, foreign)},
     )
 

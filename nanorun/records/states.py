@@ -13,13 +13,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nanorun.errors import UserError, nearest, printable
-from nanorun.records.agreement import Agreement
+from nanorun.records.agreement import (
+    Agreement,
+    loss_contradiction,
+    losses_by_step,
+    seconds_are_near,
+    widest_share,
+)
 from nanorun.records.record import (
     MAX_BYTES,
     RECORD_ID,
@@ -42,6 +48,8 @@ MOST_FILES = 1000
 """Files of one record's folder of reproductions that are read; those beyond are named."""
 LONGEST_NAME = 80
 LONGEST_REASON = 1000
+ROUNDING = 1e-9
+"""Share by which arithmetic may miss a tolerance."""
 
 _FILE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}-([0-9a-f]{8})\.json")
 
@@ -156,7 +164,8 @@ def state_of(folder: Path) -> State:
     if not names:
         return State(broken=tuple(broken)) if broken else CLAIMED
     try:
-        of_record = content_sha256(load_json(folder / "record.json"))
+        content = load_json(folder / "record.json")
+        of_record, record = content_sha256(content), Record.from_dict(content)
     except RecordError as error:
         return State(broken=(*broken, Skipped(folder / "record.json", error.why)))
     reproductions, objections = [], []
@@ -164,6 +173,8 @@ def state_of(folder: Path) -> State:
         path = folder / FOLDER / name
         try:
             one = _read_one(path, folder.name, of_record)
+            if isinstance(one, Reproduction):
+                _check_agreement(one, record)
         except RecordError as error:
             broken.append(Skipped(path, str(error)))
             continue
@@ -224,6 +235,10 @@ def _check_sense(one: Reproduction | Objection) -> None:
         return
     if one.hardware.device not in ("cpu", "cuda"):
         raise RecordError(f"is {ascii(one.hardware.device)[:60]}; wanted cpu or cuda", "hardware.device")
+
+
+def _check_agreement(one: Reproduction, record: Record) -> None:
+    """Raise RecordError where the verdict does not follow from the record, the file's curve and its clock."""
     found = one.agreement
     agrees = found.loss_agrees and found.seconds_agree is not False
     if found.verdict != ("agrees" if agrees else "disagrees"):
@@ -233,6 +248,46 @@ def _check_sense(one: Reproduction | Objection) -> None:
     apart = abs(found.recorded_val_loss - found.reproduced_val_loss)
     if found.loss_agrees and apart > found.loss_tolerance:
         raise RecordError(f"is true of losses {apart:.4g} apart", "agreement.loss_agrees")
+    same_initial = one.initial_weights_sha256 == record.initial_weights_sha256
+    same_final = one.final_weights_sha256 == record.final_weights_sha256
+    seconds = record.clock["train_seconds"], one.clock["train_seconds"]
+    expected = {
+        "same_initial_weights": same_initial,
+        "same_final_weights": same_final,
+        "recorded_seconds": seconds[0],
+        "reproduced_seconds": seconds[1],
+        **_compared_losses(one, record),
+    }
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            said = ascii(getattr(found, name))[:60]
+            raise RecordError(f"is {said}; the record and the run beside it say {value}", f"agreement.{name}")
+    if found.seconds_agree not in (None, seconds_are_near(*seconds)):
+        said = f"is {found.seconds_agree}, of {seconds[0]:.4g} and {seconds[1]:.4g} seconds"
+        raise RecordError(said, "agreement.seconds_agree")
+    share, kind = widest_share(record, one.seed, same_initial, same_final and one.steps == record.steps)
+    widest = share * found.recorded_val_loss
+    if found.loss_tolerance > widest * (1 + ROUNDING):
+        said = f"is {found.loss_tolerance:.4g}; wanted at most {widest:.4g}, for {kind}"
+        raise RecordError(said, "agreement.loss_tolerance")
+    reproduced = losses_by_step(one.steps, one.final_val_loss, one.validation)
+    against = loss_contradiction(record, reproduced, share, found.loss_tolerance)
+    if found.loss_agrees and against:
+        raise RecordError(f"is true, and {against}", "agreement.loss_agrees")
+
+
+def _compared_losses(one: Reproduction, record: Record) -> dict[str, float]:
+    """The agreement's step and losses as the record and the file's own curve have them; none without a common step."""
+    recorded = losses_by_step(record.steps, record.final_val_loss, record.validation)
+    reproduced = losses_by_step(one.steps, one.final_val_loss, one.validation)
+    step = max(recorded.keys() & reproduced.keys(), default=None)
+    if step is None:
+        return {}
+    return {
+        "compared_step": step,
+        "recorded_val_loss": recorded[step],
+        "reproduced_val_loss": reproduced[step],
+    }
 
 
 def content_sha256(content: object) -> str:
@@ -257,6 +312,12 @@ def _as_content(one: Reproduction | Objection) -> dict[str, Any]:
     return content
 
 
+def _thinned(points: list[dict[str, Any]], every: int, agreement: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each `every`-th point of a reproduction's curve, and those that its verdict follows from."""
+    needed = (agreement["compared_step"], agreement["crossing_step"], points[-1]["step"])
+    return [point for place, point in enumerate(points) if place % every == 0 or point["step"] in needed]
+
+
 class Written(NamedTuple):
     """A file beside a record, and what it makes of the record."""
 
@@ -267,12 +328,20 @@ class Written(NamedTuple):
 def write_beside(folder: Path, one: Reproduction | Objection) -> Written:
     """Leave `one` in the record's folder of reproductions, whole or not at all, and never over another file.
 
-    Raises UserError when the disk refuses or the same file is there already.
+    Raises UserError when the disk refuses, when the same file is there already, or where the folder is a link: a
+    record that somebody sent may have one that leads anywhere.
     """
+    if os.path.islink(folder / FOLDER):
+        raise UserError(
+            f"{folder / FOLDER} is a link to {short(os.readlink(folder / FOLDER))!r}, and nothing is written through "
+            "one; remove the link, or make it a folder"
+        )
     content = json.loads(json.dumps(_as_content(one), allow_nan=False))
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    while len(text.encode()) >= MAX_BYTES and len(content.get("validation", ())) > 1:
-        content["validation"] = content["validation"][:-1:2] + content["validation"][-1:]
+    points, every = content.get("validation", []), 1
+    while len(text.encode()) >= MAX_BYTES and every < len(points):
+        every *= 2
+        content["validation"] = _thinned(points, every, content["agreement"])
         text = json.dumps(content, indent=1, ensure_ascii=False)
     name = f"{one.created[:10]}-{content_sha256(content)[:8]}.json"
     path = folder / FOLDER / name
@@ -381,6 +450,11 @@ def short(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def states_of(root: Path, records: Iterable[Record]) -> dict[str, State]:
-    """Return the states of records under `root` by their ids; those that are claimed and no more are left out."""
-    states = {record.id: state_of(root / record.track / record.id) for record in records}
-    return {id: state for id, state in states.items() if state != CLAIMED}
+    """Return the states of records under `root` by `state_key`; those that are claimed and no more are left out."""
+    states = {state_key(record): state_of(root / record.track / record.id) for record in records}
+    return {key: state for key, state in states.items() if state != CLAIMED}
+
+
+def state_key(record: Record) -> str:
+    """Return `<track>/<id>`: an id alone may lie in several tracks, with another state in each."""
+    return f"{record.track}/{record.id}"
