@@ -23,3 +23,17 @@ def write_whole(path: Path, text: str, *, mend: str) -> None:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def new_folder(base: Path, *, mend: str) -> Path:
+    """Make and return `base`, or the first of `base-2`, `base-3`, … that is not there yet; UserError with `mend`."""
+    for n in range(1, 1000):
+        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); {mend}") from None
+        return folder
+    raise UserError(f"{base}: a thousand of these were made in this second; start again")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanorun.errors import UserError
-from nanorun.files import write_whole
+from nanorun.files import new_folder, write_whole
 
 
 def test_a_file_is_written_with_its_folder(tmp_path):
@@ -42,3 +42,14 @@ def test_a_folder_in_the_place_of_a_file_is_refused_in_a_sentence(path: str, tmp
     with pytest.raises(UserError, match=r"; mend it$"):
         write_whole(Path(path), "text", mend="mend it")
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_a_folder_that_is_taken_gives_the_next_one(tmp_path):
+    made = [new_folder(tmp_path / "a" / "run", mend="mend it").name for _ in range(3)]
+    assert made == ["run", "run-2", "run-3"]
+
+
+def test_a_folder_that_cannot_be_made_says_what_helps(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(UserError, match=r"cannot be made .*mend it"):
+        new_folder(tmp_path / "a" / "run", mend="mend it")

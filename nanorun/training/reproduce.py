@@ -30,6 +30,7 @@ from nanorun.data.shards import load_manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.data.tokenizers import check_tokenizer_name
 from nanorun.errors import RunFailed, Stopped, UserError, printable
+from nanorun.files import new_folder
 from nanorun.records.agreement import Agreement, compare_runs, differences
 from nanorun.records.record import Code, Hardware, Record, Software, load_json, read_record, read_records
 from nanorun.records.report import row_groups
@@ -365,16 +366,7 @@ def _private_folder(plan: Plan) -> Path:
     base = plan.request.runs.resolve() / f"{stamp}-reproduce-{plan.record.id}"
     if not _leads():
         return base  # it writes nothing there
-    for n in range(1, 1000):
-        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); {ELSEWHERE}") from None
-        return folder
-    raise UserError(f"{base}: a thousand reproductions began in this second; start again")
+    return new_folder(base, mend=ELSEWHERE)
 
 
 def _leads() -> bool:

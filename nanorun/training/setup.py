@@ -21,7 +21,7 @@ from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.errors import UserError
-from nanorun.files import write_whole
+from nanorun.files import new_folder, write_whole
 from nanorun.model import GPT
 from nanorun.optim.averaging import make_average
 from nanorun.optim.build import OptimizerSet, build_optimizers
@@ -188,22 +188,14 @@ def _checked_manifest(config: RunConfig, tokens: TokenSet, folder: Path) -> Mani
 def _new_folder(config: RunConfig, options: Options) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = options.runs / f"{stamp}-{config.track}-{config.name}-s{config.seed}"
-    for n in range(1, 1000):
-        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); {ELSEWHERE}") from None
-        try:
-            write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
-            write_options(folder, options)
-        except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return folder
-    raise UserError(f"{base}: a thousand runs began in this second; start again")
+    folder = new_folder(base, mend=ELSEWHERE)
+    try:
+        write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
+        write_options(folder, options)
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
 
 
 def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
