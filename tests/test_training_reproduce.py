@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -795,23 +796,10 @@ def test_a_closed_terminal_that_is_to_be_ignored_does_not_reach_the_run(tmp_path
 
 
 def test_the_command_line_prints_one_document_and_ends_in_a_sentence(
-    make_record, shakespeare_folder, monkeypatch, capsys
+    make_record, shakespeare_folder, nanorun
 ):
-    from nanorun import cli
-
     folder = make_record()
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["nanorun", "reproduce", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
+    call = partial(nanorun, "reproduce")
     data = ["--data", str(shakespeare_folder), "--by", "Ada"]
     code, out, err = call(folder.name, *data, "--json")
     assert code == 0, err

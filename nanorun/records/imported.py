@@ -28,6 +28,7 @@ from nanorun.records.record import (
     check_version,
     holds_import,
     is_utc_time,
+    layout_json,
     load_json,
     read_fields,
     record_id,
@@ -251,7 +252,7 @@ def _check_sense(found: ImportedRun) -> None:
 def _fitting_json(imported: ImportedRun) -> str:
     """import.json, its curves thinned as far as its size asks; it then says how many points it lacks."""
     every, fitting = 1, imported
-    while len((text := _layout(fitting)).encode()) >= MAX_BYTES:
+    while len((text := layout_json(dataclasses.asdict(fitting))).encode()) >= MAX_BYTES:
         every *= 2
         if every > 2 * len(imported.validation):
             raise UserError(
@@ -274,22 +275,6 @@ def _fitting_json(imported: ImportedRun) -> str:
 def _thinned(values: Sequence[Any], every: int) -> list[Any]:
     """Each `every`-th value, and the last."""
     return [value for index, value in enumerate(values) if index % every == 0 or index == len(values) - 1]
-
-
-def _layout(imported: ImportedRun) -> str:
-    """JSON with one line for each field and each validation: short, and kind to diffs."""
-    lines = []
-    for name, value in dataclasses.asdict(imported).items():
-        if name == "validation":
-            body = "[\n" + ",\n".join("  " + _json(point) for point in value) + "\n ]"
-        else:
-            body = _json(value)
-        lines.append(f' "{name}": {body}')
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _curve_csv(run: LoggedRun) -> str:

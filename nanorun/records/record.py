@@ -612,13 +612,15 @@ def _point_error(item: object) -> RecordError:
 
 def _fitting_json(record: Record) -> str:
     """record.json, its curve thinned as far as its size asks; it then says how many points it lacks."""
-    text = _layout(record)
+    text = layout_json(record.to_dict())
     every = 1
     while len(text.encode()) >= MAX_BYTES and every < len(record.validation):
         every *= 2
         points = _thinned(record, every)
         left_out = record.validation_left_out + len(record.validation) - len(points)
-        text = _layout(dataclasses.replace(record, validation=points, validation_left_out=left_out))
+        text = layout_json(
+            dataclasses.replace(record, validation=points, validation_left_out=left_out).to_dict()
+        )
     if len(text.encode()) >= MAX_BYTES:
         raise UserError(
             f"record.json would have {len(text.encode()):,} bytes even without its curve, and a record has "
@@ -640,9 +642,8 @@ def _thinned(record: Record, every: int) -> tuple[ValidationPoint, ...]:
     )
 
 
-def _layout(record: Record) -> str:
-    """JSON with one line for each field and each validation point: short, and kind to diffs."""
-    content = record.to_dict()
+def layout_json(content: Mapping[str, Any]) -> str:
+    """Return JSON with one line for each field and each point of `validation`: short, and kind to diffs."""
     points = ",\n".join("  " + _json(point) for point in content["validation"])
     lines = []
     for name, value in content.items():

@@ -677,15 +677,12 @@ def _lines_under(table: Table) -> Iterator[str]:
 
 def print_terminal(table: Table, console: Console) -> None:
     """Print the table for people, with three lines a row where one line does not fit."""
-    from rich.text import Text
+    from nanorun.records.terminal import say
 
-    def say(line: str, style: str = "", longest: int = 400) -> None:
-        console.print(Text(encodable(clean(line, longest=longest), console.encoding), style=style))
-
-    say(f"{table.track.name}: validation loss {table.track.target_val_loss:g}", "bold")
+    say(console, f"{table.track.name}: validation loss {table.track.target_val_loss:g}", "bold")
     empty = empty_line(table)
     if empty:
-        say(empty)
+        say(console, empty)
     machines = list(dict.fromkeys(row.hardware for row in table.rows))
     if table.rows:
         wide = _rich_table(table, machines, console, narrow=False)
@@ -693,11 +690,15 @@ def print_terminal(table: Table, console: Console) -> None:
         fits = console.measure(wide, options=unbound).maximum <= console.width
         console.print(wide if fits else _rich_table(table, machines, console, narrow=True))
     for index, machine in enumerate(machines):
-        say(f"hardware: {machine}" if len(machines) == 1 else f"hardware {_letter(index)}: {machine}", "dim")
+        say(
+            console,
+            f"hardware: {machine}" if len(machines) == 1 else f"hardware {_letter(index)}: {machine}",
+            "dim",
+        )
     comparison = comparison_line(table)
     for line in _lines_under(table):
         style = "bold" if line == comparison else "yellow" if line.startswith("skipped ") else "dim"
-        say(line, style)
+        say(console, line, style)
 
 
 def _rich_table(table: Table, machines: Sequence[str], console: Console, *, narrow: bool) -> RichTable:

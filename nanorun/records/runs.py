@@ -21,7 +21,15 @@ from nanorun.names import is_track_name
 from nanorun.records.grouping import GroupKey
 from nanorun.records.imported import ImportedRun, read_import, read_imported, run_sha256
 from nanorun.records.logs import LoggedRun, SkippedLog
-from nanorun.records.record import IMPORT_FILE, Record, RecordError, holds_import, read_record, read_records
+from nanorun.records.record import (
+    IMPORT_FILE,
+    Record,
+    RecordError,
+    holds_import,
+    read_record,
+    read_records,
+    visible_folders,
+)
 from nanorun.records.report import TrackView, build_table, config_identity, identity
 from nanorun.records.significance import LARGEST_LOSS
 from nanorun.tables import flattened, read_toml
@@ -177,13 +185,13 @@ def _read_own(path: Path, found: RunsRead) -> bool:
     elif _is_run(whole):
         _add_run(whole, found)
     else:
-        children = _visible_folders(whole)
+        children = visible_folders(whole)
         if any(map(_is_record, children)):
             _add_records(whole.parent, whole.name, found)
         elif any(map(_is_run, children)):
             for child in filter(_is_run, children):
                 _add_run(child, found)
-        elif any(_is_record(inner) for child in children for inner in _visible_folders(child)):
+        elif any(_is_record(inner) for child in children for inner in visible_folders(child)):
             _add_records(whole, None, found)
         else:
             return False
@@ -197,12 +205,6 @@ def _is_record(folder: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "config.toml").is_file() and (folder / "metrics.jsonl").is_file()
-
-
-def _visible_folders(parent: Path) -> list[Path]:
-    with os.scandir(parent) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._")
-    return [parent / name for name in names]
 
 
 def _add_records(root: Path, track: str | None, found: RunsRead) -> None:
