@@ -30,7 +30,8 @@ NOT_PREDICTED = -1
 class TokenSet:
     """The tokens of one split, its shards read as one sequence."""
 
-    shards: tuple[npt.NDArray[np.uint16], ...]
+    shards: tuple[npt.NDArray[Any], ...]
+    """uint16 or uint32, by the vocabulary."""
     n_bytes: int
     """UTF-8 bytes of text that the tokens stand for."""
     name: str = "tokens"
@@ -58,7 +59,7 @@ class TokenSet:
 
 def token_set(shards: Sequence[npt.NDArray[Any]], *, n_bytes: int = 0, name: str = "tokens") -> TokenSet:
     """Return a `TokenSet` of arrays in memory."""
-    return TokenSet(tuple(np.asarray(shard, dtype=np.uint16) for shard in shards), n_bytes, name)
+    return TokenSet(tuple(np.asarray(shard) for shard in shards), n_bytes, name)
 
 
 def open_tokens(folder: Path, split: str, *, verify: bool = True) -> TokenSet:
@@ -72,7 +73,7 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> TokenSet:
     entries = manifest.of_split(split)
     if not entries:
         raise UserError(f"{folder}: the manifest names no {split} shards; {PREPARE_AGAIN}.")
-    shards: list[npt.NDArray[np.uint16]] = []
+    shards: list[npt.NDArray[Any]] = []
     for entry in entries:
         path = folder / entry.file
         # The range is looked at before the hash: it tells more of what is wrong.

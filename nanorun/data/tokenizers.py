@@ -24,18 +24,24 @@ MOST_TOKENS = 1 << 16
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer here offers."""
+    """What every tokenizer here offers. Ids are uint16, or uint32 where the vocabulary has above 65,536 entries."""
 
     name: str
+    """What a manifest and a config call it."""
     vocab_size: int
     eot: int | None
     """The id of the end-of-text token, or None where there is none."""
+    counts_bytes: bool
+    """Whether `bytes_of` is exact for any run of ids, not only for a whole document's."""
 
     def encode(self, text: str) -> Tokens:
         """Return the ids of `text` as ordinary text: nothing in it is special."""
 
-    def encode_batch(self, texts: Sequence[str], workers: int) -> list[Tokens]:
-        """Return `encode` of each text, on `workers` threads where that helps."""
+    def encode_pieces(self, texts: Sequence[str], begins: Sequence[bool]) -> Encoded:
+        """Return the ids of all texts after one another, the end-of-text token before each that begins a document.
+
+        Called on several threads at once, with a megabyte or so of text each time.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -44,7 +50,18 @@ class Tokenizer(Protocol):
         """Return how many UTF-8 bytes of text `ids` stand for; the end-of-text token for none."""
 
     def to_manifest(self) -> dict[str, Any]:
-        """Return what `tokenizer_from_manifest` needs to make this tokenizer again."""
+        """Return what `tokenizer_from_manifest` needs to make this tokenizer again, beside `files`."""
+
+    def files(self) -> dict[str, bytes]:
+        """Return what has to lie beside the manifest: name to content. Empty for most."""
+
+
+class Encoded(NamedTuple):
+    """Several texts' tokens after one another."""
+
+    tokens: Tokens
+    starts: npt.NDArray[np.int64]
+    """Where each text's tokens begin, its end-of-text token included."""
 
 
 class ByteTokenizer:
