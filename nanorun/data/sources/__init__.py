@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
+from typing_extensions import TypeIs
+
 from nanorun.data.shards import Manifest
 from nanorun.errors import UserError, nearest
 
@@ -97,6 +99,11 @@ class Reading:
     bytes_done: int = 0
     """Of the sizes of the inputs, how much has been read."""
 
+    def restart(self) -> None:
+        """Forget what came of an earlier pass over the inputs."""
+        self.skipped.clear()
+        self.bytes_done = 0
+
     def bad(self, where: str, found: str, mend: str) -> None:
         """Note something that cannot be read, or raise `UserError` unless `skip_bad`.
 
@@ -145,6 +152,11 @@ class ReadySource(Protocol):
 
         Can be interrupted at any point and called again; what is whole is not made again.
         """
+
+
+def is_ready(source: Source | ReadySource) -> TypeIs[ReadySource]:
+    """Return whether a corpus comes as shards."""
+    return hasattr(source, "make_ready")
 
 
 def source_names() -> list[str]:
