@@ -25,8 +25,8 @@ def test_rates_are_of_the_same_tokens(tmp_path):
     counts = {way: rounds[0]["tokens"] for way, rounds in found["rounds"].items()}
     n_documents = counts["gpt2"] - counts["tiktoken"]  # an end of text before each
     assert 50 < n_documents < 200
-    assert counts["byte"] - n_documents == counts["char"] + (found["text_bytes"] - counts["char"])
     assert counts["byte"] - n_documents == found["text_bytes"]
+    assert 0.9 * found["text_bytes"] < counts["char"] <= found["text_bytes"]
     assert found["gpt2_over_tiktoken"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {"out.json"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -87,34 +87,36 @@ class Pass:
     def chunks(self, pause_at: int = -1) -> Iterator[Chunk]:
         """Yield all pieces in chunks; one ends with document `pause_at`, whatever its size."""
         self._reading.restart()
-        batch: list[tuple[Document, bytes, int]] = []
+        batch: list[Document] = []
+        digests: list[bytes] = []
+        sizes: list[int] = []
         gathered = 0
         for document in self._source.documents(self._reading):
             digest, n_bytes = _digest(document.text)
             self.documents += 1
-            batch.append((document, digest, n_bytes))
+            batch.append(document)
+            digests.append(digest)
+            sizes.append(n_bytes)
             gathered += n_bytes
             if gathered >= CHUNK_BYTES or self.documents == pause_at:
-                yield from self._flush(batch)
-                batch, gathered = [], 0
-        yield from self._flush(batch)
+                yield from self._flush(batch, digests, sizes)
+                batch, digests, sizes, gathered = [], [], [], 0
+        if batch:
+            yield from self._flush(batch, digests, sizes)
         if self._seen:
             self._seen.close()
 
-    def _flush(self, batch: list[tuple[Document, bytes, int]]) -> Iterator[Chunk]:
-        if not batch:
-            return
-        keys = np.frombuffer(b"".join(digest[:8] for _, digest, _ in batch), dtype=">u8").astype(np.uint64)
+    def _flush(self, batch: list[Document], digests: list[bytes], sizes: list[int]) -> Iterator[Chunk]:
+        keys = np.frombuffer(b"".join([digest[:8] for digest in digests]), dtype=">u8").astype(np.uint64)
         new = self._new(batch, keys)
-        held_out = keys % HELD_OUT_EVERY == 0
+        self.duplicates += len(batch) - int(new.sum())
+        self._remember([digest.hex() for digest, is_new in zip(digests, new.tolist()) if is_new])
+        splits = self._splits(batch, digests, keys)
         pieces: list[Piece] = []
-        for (document, digest, n_bytes), is_new, is_held_out in zip(batch, new.tolist(), held_out.tolist()):
+        for document, split, n_bytes, is_new in zip(batch, splits, sizes, new.tolist()):
             if not is_new:
-                self.duplicates += 1
                 continue
-            self._remember(digest)
-            split = document.split or self._split_of(digest, is_held_out)
-            if isinstance(document.text, str) and n_bytes <= PIECE_CHARS and not self._rule.cut:
+            if n_bytes <= PIECE_CHARS and not self._rule.cut and isinstance(document.text, str):
                 self.kept[split] += 1
                 pieces.append(Piece(split, document.text, True, n_bytes))
                 continue
@@ -125,24 +127,25 @@ class Pass:
                     pieces = []
         yield Chunk(pieces, self.mark)
 
-    def _new(
-        self, batch: list[tuple[Document, bytes, int]], keys: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.bool_]:
+    def _new(self, batch: list[Document], keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Return which documents are no copies; those with a split of their own are taken as they are."""
-        if self._seen is None or batch[0][0].split is not None:
+        if self._seen is None or batch[0].split is not None:
             return np.ones(len(batch), dtype=np.bool_)
         return self._seen.add(keys)
 
-    def _remember(self, digest: bytes) -> None:
-        text = digest.hex()
-        self._hash.update((f"\n{text}" if self._greatest else text).encode())
-        self._greatest = max(self._greatest, text)
-        self._least = min(self._least or text, text)
+    def _remember(self, digests: list[str]) -> None:
+        if digests:
+            self._hash.update(("\n" if self._greatest else "").encode() + "\n".join(digests).encode())
+            self._greatest = max(self._greatest, *digests)
+            self._least = min(self._least or digests[0], *digests)
 
-    def _split_of(self, digest: bytes, is_held_out: bool) -> Split:
-        if digest.hex() in (self._rule.val, self._rule.train):
-            return "val" if digest.hex() == self._rule.val else "train"
-        return "val" if is_held_out else "train"
+    def _splits(self, batch: list[Document], digests: list[bytes], keys: npt.NDArray[np.uint64]) -> list[Split]:
+        held_out: list[Split] = ["val" if one else "train" for one in (keys % HELD_OUT_EVERY == 0).tolist()]
+        found = [document.split or split for document, split in zip(batch, held_out)]
+        for split, digest in (("val", self._rule.val), ("train", self._rule.train)):
+            if digest and bytes.fromhex(digest) in digests:
+                found[digests.index(bytes.fromhex(digest))] = cast(Split, split)
+        return found
 
     def _of_long(self, document: Document, split: Split) -> Iterator[Piece]:
         """Yield the pieces of a long document, or of the only one, which is cut in two."""

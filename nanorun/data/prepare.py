@@ -281,8 +281,7 @@ class _Tokenizing:
         self, rule: Rule | None = None, tokenizer: dict[str, Any] | None = None
     ) -> Progress:
         """Start the journal, with nothing done; make the tokenizer, unless there is one, and its files."""
-        self._journal.remove()
-        _remove_shards(self._out, self._stem)
+        self._forget()
         if tokenizer is None:
             made, found = self._make_tokenizer()
             tokenizer, rule = made.to_manifest(), rule or found
@@ -294,6 +293,11 @@ class _Tokenizing:
         progress = self._journal.read()
         assert progress is not None
         return progress
+
+    def _forget(self) -> None:
+        """Remove the journal, and what it speaks of."""
+        self._journal.remove()
+        _remove_shards(self._out, self._stem)
 
     def _make_tokenizer(self) -> tuple[Tokenizer, Rule | None]:
         """Return the tokenizer, and the rule of validation where that had to be known first."""
@@ -331,6 +335,7 @@ class _Tokenizing:
             return reader.better_rule()
         except ValueError as error:
             split = "training" if str(error) == "train" else "validation"
+            self._forget()
             raise UserError(
                 f"Corpus {self._request.corpus!r} has no text for its {split} split; it needs a longer text, or "
                 "several documents."
@@ -363,18 +368,19 @@ class _Tokenizing:
                         self._tell("read again", "what is done already")
                         continue
                     writer.put(pool.submit(encode_chunk, chunk.pieces, tokenizer), chunk.mark)
-                    rate = writer.n_tokens / (time.perf_counter() - started)
-                    self._tell("tokenize", f"{short_count(rate)} tokens/s")
+                    self._tell_rate(writer, started)
                 if reader.documents < known:
                     return None
-                if self._is_filled(reader):
+                if all(reader.kept.values()):
                     writer.finish()
+                self._tell_rate(writer, started)
             finally:
                 writer.close()
         return writer.n_tokens
 
-    def _is_filled(self, reader: Pass) -> bool:
-        return all(reader.kept.values())
+    def _tell_rate(self, writer: Writer, started: float) -> None:
+        rate = writer.n_tokens / (time.perf_counter() - started)
+        self._tell("tokenize", f"{short_count(rate)} tokens/s")
 
     def _entries(self) -> tuple[ShardEntry, ...]:
         """Return all finished shards, those to train on first."""
