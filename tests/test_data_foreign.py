@@ -371,6 +371,30 @@ def test_files_shuffled_by_chunks_are_sound(given_folder):
     assert load_format("datatrove").closer_look(found.files[0]) == []
 
 
+def test_an_index_is_looked_at_in_pieces(given_folder, monkeypatch):
+    datatrove = load_format("datatrove")
+    monkeypatch.setattr(datatrove, "_PIECE", 7)
+    random = np.random.default_rng(5)
+    texts = [[*random.integers(0, 50_000, n).tolist(), EOT] if n else [] for n in random.integers(0, 9, 50)]
+    write_datatrove(given_folder / "a.ds", texts)
+    (file,) = _found(given_folder).files
+    assert datatrove.closer_look(file) == []
+    ends = np.cumsum([len(text) for text in texts])
+    place = int(np.flatnonzero(np.diff(ends) > 1)[20])
+    index = given_folder / "a.ds.index"
+    content = index.read_bytes()
+    index.write_bytes(content[: 8 * place] + struct.pack("<Q", ends[place] + 1) + content[8 * place + 8 :])
+    assert _found(given_folder).faults == []
+    (fault,) = datatrove.closer_look(_found(given_folder).files[0])
+    assert (
+        f"a.ds.index: a document ends at token {ends[place] + 1}, where no end of text (50256) stands"
+        in fault
+    )
+    index.write_bytes(content[: 8 * place] + bytes(8) + content[8 * place + 8 :])
+    (fault,) = _found(given_folder).faults
+    assert f"document {place + 1} ends at token 0, before document {place}" in fault
+
+
 def test_documents_that_end_with_a_full_stop_are_not_taken_for_ends_of_text(given_folder):
     random = np.random.default_rng(4)
     texts = [[*random.choice([13, 7, 8, 9], 30).tolist(), 13] for _ in range(40)]

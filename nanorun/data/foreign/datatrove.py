@@ -11,7 +11,8 @@ the chunks' ends as well, so parts of documents count as documents.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,8 +159,8 @@ def _ends(path: Path | None, faults: list[str]) -> npt.NDArray[np.uint64] | None
         if falls.any():
             i = max(0, start - 1) + int(np.argmax(falls))
             faults.append(
-                f"{where}: document {i + 1:,} ends at token {int(ends[i + 1]):,}, before document {i:,}, which ends at "
-                f"{int(ends[i]):,}; {_MEND}."
+                f"{where}: document {i + 2:,} ends at token {int(ends[i + 1]):,}, before document {i + 1:,}, which "
+                f"ends at {int(ends[i]):,}; {_MEND}."
             )
             break
     return ends
@@ -234,30 +235,44 @@ def closer_look(file: TokenFile) -> list[str]:
 
     There is such a token if it stands almost nowhere else. Ends of chunks, the multiples of one number, need none.
     """
-    if file.ends is None or len(file.ends) < 2 or int(file.ends[-1]) != file.n_tokens:
+    if file.ends is None or not file.n_tokens or int(file.ends.max(initial=0)) != file.n_tokens:
         return []
-    tokens, ends = tokens_of(file), file.ends[file.ends > 0]
-    if not len(ends) or bool((ends > file.n_tokens).any()):
-        return []
-    at_ends = tokens[ends.astype(np.int64) - 1]
-    values, counts = np.unique(at_ends, return_counts=True)
-    eot, n_at_ends = int(values[counts.argmax()]), int(counts.max())
-    others = ends[at_ends != eot]
-    if not len(others) or _are_chunks(others, ends, file.n_tokens):
+    tokens = tokens_of(file)
+    counts: Counter[int] = Counter()
+    for ends in _distinct(file.ends):
+        values, n_each = np.unique(tokens[ends - 1], return_counts=True)
+        counts.update(dict(zip(values.tolist(), n_each.tolist())))
+    eot, n_at_ends = counts.most_common(1)[0]
+    n_ends = counts.total()
+    others = (ends[tokens[ends - 1] != eot] for ends in _distinct(file.ends))
+    first, step = _first_and_step(others, file.n_tokens)
+    # Every multiple of a chunk's length is an end.
+    n_multiples = sum(int(np.count_nonzero(ends % step == 0)) for ends in _distinct(file.ends))
+    if first is None or n_multiples == file.n_tokens // step or n_at_ends < 0.9 * n_ends:
         return []
     n_everywhere = sum(int(np.count_nonzero(chunk == eot)) for chunk in chunks_of(file))
-    if len(others) > 0.1 * len(ends) or n_everywhere > 1.1 * n_at_ends + len(others):
+    if n_everywhere > 1.1 * n_at_ends + n_ends - n_at_ends:
         return []
     return [
-        f"{shown(file.path)}.index: a document ends at token {int(others[0]):,}, where no end of text ({eot}) stands "
-        f"as at {n_at_ends:,} of {len(ends):,} ends; {_MEND}."
+        f"{shown(file.path)}.index: a document ends at token {first:,}, where no end of text ({eot}) stands as at "
+        f"{n_at_ends:,} of {n_ends:,} ends; {_MEND}."
     ]
 
 
-def _are_chunks(some: npt.NDArray[np.uint64], ends: npt.NDArray[np.uint64], n_tokens: int) -> bool:
-    """Return whether `some` ends are multiples of a number all of whose multiples are ends."""
-    step = int(np.gcd.reduce(np.append(some, np.uint64(n_tokens))))
-    n_multiples = n_tokens // step
-    if n_multiples > len(ends):
-        return False
-    return bool(np.isin(np.arange(1, n_multiples + 1, dtype=np.uint64) * np.uint64(step), ends).all())
+def _distinct(ends: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the ends of documents that have a token, a million at a time."""
+    last = 0
+    for start in range(0, len(ends), _PIECE):
+        piece = ends[start : start + _PIECE].astype(np.int64)
+        yield piece[piece > np.concatenate([[last], piece[:-1]])]
+        last = int(piece[-1])
+
+
+def _first_and_step(pieces: Iterable[npt.NDArray[np.int64]], n_tokens: int) -> tuple[int | None, int]:
+    """Return the first of some places, None if there is none, and what divides them all and `n_tokens`."""
+    first, step = None, n_tokens
+    for places in pieces:
+        if len(places):
+            first = int(places[0]) if first is None else first
+            step = int(np.gcd.reduce(np.append(places, step)))
+    return first, step
