@@ -79,7 +79,7 @@ def prepare_data(
         typer.Option(help="Train a byte-level BPE of so many entries on the training split, and use it."),
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(min=1, help="How many training shards of a ready-made corpus; 9 without it.")
+        int | None, typer.Option(min=1, help="How many training shards of FineWeb; 9 without it.")
     ] = None,
     include: Annotated[
         str | None, typer.Option(help="A glob over the files of a dataset on the hub, such as 'sample/10BT/*'.")
@@ -101,7 +101,7 @@ def prepare_data(
         Path | None,
         typer.Option(
             help="Instead: say what a folder of shards holds, ours or another program's, and whether it is sound; "
-            "exit code 1 if it is not."
+            "exit code 1 if it is not, 2 if nothing there is known."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -112,7 +112,7 @@ def prepare_data(
 
         found = check_and_show(check, _console(as_json))
         _print_json(found, as_json)
-        raise typer.Exit(0 if found["sound"] else 1)
+        raise typer.Exit(found["exit_code"])
     from nanorun.data.show import prepare_and_show
 
     reading = {"format": format, "column": column, "separator": separator, "skip_bad": skip_bad}

@@ -40,8 +40,8 @@ class Request:
 
     corpus: str
     out: Path
-    tokenizer: str
-    """As it was asked for: a name or the path of a tokenizer.json."""
+    tokenizer: str | None
+    """As it was asked for: a name or the path of a tokenizer.json; None takes what the corpus says."""
     tokenizer_name: str
     """As the manifest will call it: for `--train-bpe 4096` bpe4096."""
     source: Source | ReadySource
@@ -129,7 +129,7 @@ def make_request(
     )
     spec = tokenizer or source.DEFAULT_TOKENIZER
     name = f"bpe{train_bpe}" if train_bpe else tokenizer_name(spec)
-    return Request(corpus, out, spec, name, source, filled, keep_duplicates, train_bpe)
+    return Request(corpus, out, tokenizer, name, source, filled, keep_duplicates, train_bpe)
 
 
 def prepare(corpus: str, *, out: Path, **options: Any) -> Prepared:
@@ -305,7 +305,7 @@ class _Tokenizing:
         if request.train_bpe is not None:
             return self._trained(request.train_bpe)
         if request.tokenizer_name != "char":
-            return make_tokenizer(request.tokenizer), None
+            return make_tokenizer(request.tokenizer or self._source.DEFAULT_TOKENIZER), None
         self._reading.restart()
         counted = characters(document.text for document in self._documents("count characters"))
         return make_tokenizer("char", [counted]), None
@@ -414,7 +414,7 @@ def _already_there(request: Request) -> Manifest | None:
     held = (manifest.corpus, str(manifest.tokenizer["name"]))
     wanted = (request.corpus, request.tokenizer_name)
     if is_ready(request.source):
-        if held[0] != wanted[0]:
+        if held[0] != wanted[0] or (request.tokenizer and held[1] != wanted[1]):
             raise _holds_another(out, held, wanted)
         return manifest if request.source.is_current(out, manifest, request.reading) else None
     if held != wanted:
