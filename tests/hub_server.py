@@ -1,9 +1,10 @@
 """A server on loopback that answers as the Hugging Face hub does, and misbehaves on request.
 
 What it models, from the hub's documentation and the answers that public code has written down: the API of a dataset
-(`/api/datasets/ID[/revision/REV]`, `/tree/REV` in pages with a `Link`, `/paths-info/REV`), `resolve` with a 302 to a second
-origin for files in LFS and a 307 to `/api/resolve-cache` for the others, ETags, `X-Repo-Commit`, `X-Linked-Size`,
-`X-Linked-Etag`, Range, 404 with `X-Error-Code`, 401 without a code for a dataset that is not there. Xet is not offered.
+(`/api/datasets/ID[/revision/REV]`, `/tree/REV` in pages with a `Link`, `/paths-info/REV`), `resolve` with a 302 to a
+second origin for files in LFS and a 307 to `/api/resolve-cache` for the others, ETags, `X-Repo-Commit`,
+`X-Linked-Size`, `X-Linked-Etag`, Range, 404 with `X-Error-Code`, 401 without a code for a dataset that is not there.
+Xet is not offered.
 """
 
 from __future__ import annotations
@@ -201,19 +202,25 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         commit, files = found
         if kind in ("", "revision"):
-            return self._json({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+            return self._json(
+                {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            )
         entries = [_entry(name, content) for name, content in sorted(files.items())]
         if kind == "paths-info":
             wanted = parse_qs(self.body.decode())["paths"]
             return self._json([entry for entry in entries if entry["path"] in wanted])
         folders = sorted({name.rsplit("/", 1)[0] for name in files if "/" in name})
-        entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in folders] + entries
+        entries = [
+            {"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in folders
+        ] + entries
         start = int(query.get("cursor", ["0"])[0])
         end = start + self.hub.page_size
         link = {}
         if end < len(entries):
             # The hub names itself there, whatever mirror was asked.
-            address = f"https://huggingface.co/api/datasets/{repository}/tree/{commit}?recursive=true&cursor={end}"
+            address = (
+                f"https://huggingface.co/api/datasets/{repository}/tree/{commit}?recursive=true&cursor={end}"
+            )
             link = {"Link": f'<{address}>; rel="next"'}
         return self._json(entries[start:end], link)
 
@@ -252,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
             about["X-Linked-Etag"] = f'"{etag}"'
             target = f"{self.hub.cdn_url}/xet-bridge-us/{etag}?path={quote(path, safe='')}&Signature=abc"
             return self._head(302, {**about, "Location": target, "Content-Length": "0"})
-        target = f"/api/resolve-cache/datasets/{repository}/{commit}/{quote(path)}?path={quote(path, safe='')}&etag={etag}"
+        query = f"path={quote(path, safe='')}&etag={etag}"
+        target = f"/api/resolve-cache/datasets/{repository}/{commit}/{quote(path)}?{query}"
         return self._head(307, {**about, "Location": target, "Content-Length": "0"})
 
     def _send_content(self, path: str, etag: str) -> None:
@@ -272,7 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.flip is not None:
             content = content[: fault.flip] + bytes([content[fault.flip] ^ 0x01]) + content[fault.flip + 1 :]
         # The second origin's own ETag is no hash of the content.
-        about = {"ETag": f'"{etag if self.origin == "hub" else sha256(etag.encode())}"', "Accept-Ranges": "bytes"}
+        about = {
+            "ETag": f'"{etag if self.origin == "hub" else sha256(etag.encode())}"',
+            "Accept-Ranges": "bytes",
+        }
         if self.origin == "hub":
             about["X-Repo-Commit"] = commit
         status, start = 200, 0
@@ -286,7 +297,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = content[start:]
         if fault.short is not None:
             body = body[: fault.short]
-        self._head(status, {**about, "Content-Length": str(len(body)), "Content-Type": "application/octet-stream"})
+        self._head(
+            status, {**about, "Content-Length": str(len(body)), "Content-Type": "application/octet-stream"}
+        )
         if self.command == "HEAD":
             return None
         if fault.cut_after is None:
@@ -303,7 +316,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, content: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
-        about = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body)), **(headers or {})}
+        about = {
+            "Content-Type": "application/json; charset=utf-8",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }
         self._head(200, about)
         self.wfile.write(body)
 
@@ -327,6 +344,7 @@ def _entry(path: str, content: bytes) -> dict[str, object]:
     entry: dict[str, object] = {"type": "file", "path": path, "size": len(content)}
     if not is_lfs(path):
         return {**entry, "oid": blob_sha1(content)}
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(content)}\nsize {len(content)}\n".encode()
+    version = "version https://git-lfs.github.com/spec/v1"
+    pointer = f"{version}\noid sha256:{sha256(content)}\nsize {len(content)}\n".encode()
     lfs = {"oid": sha256(content), "size": len(content), "pointerSize": len(pointer)}
     return {**entry, "oid": blob_sha1(pointer), "lfs": lfs, "xetHash": sha256(b"xet" + content)}

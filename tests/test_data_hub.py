@@ -52,7 +52,12 @@ def shard(seed, *, n_tokens=N_TOKENS, largest=EOT):
     return shard_header(n_tokens, tokens.dtype) + tokens.tobytes()
 
 
-SHARDS = {VAL: shard(0), **{train(n): shard(n) for n in range(1, 13)}, "README.md": b"# FineWeb\n", ".gitattributes": b""}
+SHARDS = {
+    VAL: shard(0),
+    **{train(n): shard(n) for n in range(1, 13)},
+    "README.md": b"# FineWeb\n",
+    ".gitattributes": b"",
+}
 
 
 def point_at(monkeypatch, url, home):
@@ -61,7 +66,9 @@ def point_at(monkeypatch, url, home):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
@@ -118,14 +125,18 @@ def test_the_server_satisfies_the_librarys_own_client(server, tmp_path):
     api = HfApi(endpoint=server.url)
     assert api.dataset_info(REPOSITORY).sha == PIN
     assert api.dataset_info(REPOSITORY, revision="main").sha == PIN
-    tree = {entry.path: entry for entry in api.list_repo_tree(REPOSITORY, repo_type="dataset", recursive=True)}
+    tree = {
+        entry.path: entry for entry in api.list_repo_tree(REPOSITORY, repo_type="dataset", recursive=True)
+    }
     assert tree[VAL].lfs.sha256 == sha256(SHARDS[VAL])
     assert tree["README.md"].lfs is None
     assert tree["README.md"].blob_id == blob_sha1(SHARDS["README.md"])
     (info,) = api.get_paths_info(REPOSITORY, [VAL], repo_type="dataset")
     assert info.size == len(SHARDS[VAL])
     for name in (VAL, "README.md"):
-        path = hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=tmp_path / "copy", endpoint=server.url)
+        path = hf_hub_download(
+            REPOSITORY, name, repo_type="dataset", local_dir=tmp_path / "copy", endpoint=server.url
+        )
         assert Path(path).read_bytes() == SHARDS[name]
     with pytest.raises(errors.RevisionNotFoundError):
         api.dataset_info(REPOSITORY, revision="nowhere")
@@ -191,8 +202,14 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(server, out, mo
     server.token = "hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     make_ready(out)
-    assert all(request.headers["authorization"] == "Bearer hf_secret" for request in server.requests if request.origin == "hub")
-    assert not any("authorization" in request.headers for request in server.requests if request.origin == "cdn")
+    assert all(
+        request.headers["authorization"] == "Bearer hf_secret"
+        for request in server.requests
+        if request.origin == "hub"
+    )
+    assert not any(
+        "authorization" in request.headers for request in server.requests if request.origin == "cdn"
+    )
 
 
 def test_nothing_is_asked_but_the_listing_and_the_files(server, out, monkeypatch):
@@ -225,7 +242,9 @@ def test_progress_grows_to_the_whole_size(server, out):
 
 def test_a_dry_run_names_files_and_sizes_and_fetches_none(server):
     files = PINNED.files(Reading(shards=2))
-    assert [(file.name, file.size) for file in files] == [(name, len(SHARDS[VAL])) for name in (train(1), train(2), VAL)]
+    assert [(file.name, file.size) for file in files] == [
+        (name, len(SHARDS[VAL])) for name in (train(1), train(2), VAL)
+    ]
     assert [file.version for file in files] == [sha256(SHARDS[file.name]) for file in files]
     assert not [request for request in server.requests if request.origin == "cdn"]
 
@@ -412,12 +431,16 @@ def test_offline_mode_asks_nothing(server, out, monkeypatch, waits):
 
 def test_more_shards_than_there_are_says_how_many_there_are(server, out):
     for wanted in (0, -1, 13):
-        with pytest.raises(UserError, match=rf"--shards {wanted}: .* has 12 training shards at {PIN}; ask for 1 to 12"):
+        with pytest.raises(
+            UserError, match=rf"--shards {wanted}: .* has 12 training shards at {PIN}; ask for 1 to 12"
+        ):
             make_ready(out, shards=wanted)
 
 
 def test_a_gap_in_the_numbers_ends_what_there_is(server, out):
-    server.add(REPOSITORY, {name: content for name, content in SHARDS.items() if name != train(5)}, commit=NEWER)
+    server.add(
+        REPOSITORY, {name: content for name, content in SHARDS.items() if name != train(5)}, commit=NEWER
+    )
     with pytest.raises(UserError, match="has 4 training shards"):
         make_ready(out, shards=6, revision=NEWER)
 
@@ -436,7 +459,9 @@ def test_a_repository_without_shards_is_refused(server, out):
 
 def test_a_gated_dataset_says_where_to_accept_its_conditions(server, out, waits):
     server.gated.add(REPOSITORY)
-    with pytest.raises(UserError, match=f"is gated: accept its conditions at {server.url}/datasets/{REPOSITORY}.*HF_TOKEN"):
+    with pytest.raises(
+        UserError, match=f"is gated: accept its conditions at {server.url}/datasets/{REPOSITORY}.*HF_TOKEN"
+    ):
         make_ready(out)
     assert waits == []
 
@@ -460,7 +485,7 @@ def test_what_the_hub_refuses_is_said_at_once(server, out, waits, status, header
 
 
 def test_a_revision_that_is_not_there_is_named(server, out):
-    with pytest.raises(UserError, match="has no revision 'v9'.*leave --revision out"):
+    with pytest.raises(UserError, match=r"has no revision 'v9'.*leave --revision out"):
         make_ready(out, revision="v9")
 
 
@@ -472,7 +497,7 @@ def test_a_dataset_that_is_not_there_is_named(server, out):
 def test_an_answer_that_is_not_the_hubs_is_told_apart(server, out, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", server.cdn_url + "/nothing/here")
     monkeypatch.setattr("hub_server._Handler._answer", lambda self: _login_page(self))
-    with pytest.raises(UserError, match="answers with something else than the hub does.*<html>"):
+    with pytest.raises(UserError, match=r"answers with something else than the hub does.*<html>"):
         make_ready(out)
 
 
@@ -483,13 +508,13 @@ def _login_page(handler):
 
 def test_an_endpoint_that_is_no_address_is_refused(server, out, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "huggingface.co")
-    with pytest.raises(UserError, match="HF_ENDPOINT is 'huggingface.co'; expected an address"):
+    with pytest.raises(UserError, match=r"HF_ENDPOINT is 'huggingface\.co'; expected an address"):
         make_ready(out)
 
 
 def test_a_known_hash_that_the_hub_contradicts_is_refused(server, out):
     corpus = dataclasses.replace(PINNED, known={train(1): "0" * 64})
-    with pytest.raises(UserError, match="is known to have 0{64}"):
+    with pytest.raises(UserError, match=r"is known to have 0{64}"):
         make_ready(out, corpus=corpus)
 
 
@@ -568,7 +593,9 @@ def test_without_a_network_files_brought_by_hand_are_enough(server, out, monkeyp
     known = {VAL: sha256(SHARDS[VAL])}
     manifest = make_ready(out, corpus=dataclasses.replace(PINNED, known=known))
     assert manifest.revision is None
-    assert [entry.sha256 for entry in manifest.shards] == [sha256(SHARDS[name]) for name in (train(1), train(2), VAL)]
+    assert [entry.sha256 for entry in manifest.shards] == [
+        sha256(SHARDS[name]) for name in (train(1), train(2), VAL)
+    ]
     assert PINNED.is_current(out, manifest, Reading(shards=2))
     with pytest.raises(UserError, match="--revision cannot be looked up"):
         make_ready(out, revision="main")
@@ -651,7 +678,9 @@ def test_a_killed_run_goes_on_where_it_was(server, out):
 
 def test_a_file_that_is_no_shard_is_refused_by_name(server, out):
     server.add(REPOSITORY, {**SHARDS, train(1): b"\x00" * 5000}, commit=NEWER)
-    with pytest.raises(UserError, match=rf"{train(1)}: not a token shard.*{NEWER}: choose another --revision"):
+    with pytest.raises(
+        UserError, match=rf"{train(1)}: not a token shard.*{NEWER}: choose another --revision"
+    ):
         make_ready(out, revision=NEWER)
 
 
@@ -667,11 +696,21 @@ def test_tokens_beyond_the_vocabulary_are_refused_by_place(server, out):
         make_ready(out, revision=NEWER)
 
 
+def test_a_shard_that_changes_between_fetching_and_checking_is_refused(server, out):
+    def meddle(step):
+        path = out / train(1)
+        if path.exists():
+            path.write_bytes(shard(77))
+
+    with pytest.raises(UserError, match=f"{train(1)}: changed after it was fetched"):
+        PINNED.make_ready(out, Reading(shards=1, report=meddle), None)
+
+
 def test_another_tokenizer_and_inputs_are_refused(server, out):
     with pytest.raises(UserError, match="ready-made with tokenizer gpt2"):
         PINNED.make_ready(out, Reading(), "byte")
     assert PINNED.make_ready(out, Reading(shards=1), "gpt2").n_tokens("train") == N_TOKENS
-    with pytest.raises(UserError, match="takes no --input .found 'x.bin'.*prepare-data shards --input"):
+    with pytest.raises(UserError, match=r"takes no --input .found 'x\.bin'.*prepare-data shards --input"):
         PINNED.make_ready(out, Reading(inputs=("x.bin",)), None)
     with pytest.raises(UserError, match="takes no --input"):
         PINNED.files(Reading(inputs=("x.bin",)))
@@ -682,7 +721,9 @@ def test_another_tokenizer_and_inputs_are_refused(server, out):
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(server, out, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 20_000))
-    with pytest.raises(UserError, match=r"3 files of 0.0 GB are to be fetched, and 0.0 GB are free.*--shards"):
+    with pytest.raises(
+        UserError, match=r"3 files of 0.0 GB are to be fetched, and 0.0 GB are free.*--shards"
+    ):
         make_ready(out)
     assert not [request for request in server.requests if "/resolve/" in request.path]
 
@@ -757,7 +798,10 @@ def test_the_edu_corpus_has_its_own_names(server, out):
     files = {name.replace("fineweb", "finewebedu"): content for name, content in SHARDS.items()}
     server.add("kjj0/finewebedu10B-gpt2", files, commit=NEWER)
     manifest = finewebedu10B.make_ready(out, Reading(shards=1), None)
-    assert [entry.file for entry in manifest.shards] == ["finewebedu_train_000001.bin", "finewebedu_val_000000.bin"]
+    assert [entry.file for entry in manifest.shards] == [
+        "finewebedu_train_000001.bin",
+        "finewebedu_val_000000.bin",
+    ]
     assert (manifest.corpus, manifest.revision) == ("finewebedu10B", NEWER)
 
 

@@ -79,8 +79,8 @@ def check_repository(name: str) -> str:
     """Return `name`; `UserError` unless it can be OWNER/NAME on the hub."""
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"{name!r} is no repository on the hub: expected OWNER/NAME of letters, digits, '-', '_' and '.', for example "
-            "hub:roneneldan/TinyStories."
+            f"{name!r} is no repository on the hub: expected OWNER/NAME of letters, digits, '-', '_' and '.', "
+            "for example hub:roneneldan/TinyStories."
         )
     return name
 
@@ -90,7 +90,9 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     if not constants.ENDPOINT.startswith(("http://", "https://")):
-        raise UserError(f"HF_ENDPOINT is {constants.ENDPOINT!r}; expected an address such as https://huggingface.co.")
+        raise UserError(
+            f"HF_ENDPOINT is {constants.ENDPOINT!r}; expected an address such as https://huggingface.co."
+        )
     return constants.ENDPOINT
 
 
@@ -154,7 +156,11 @@ def snapshot(repository: str, commit: str) -> Snapshot:
 def _hub_file(entry: dict[str, Any]) -> HubFile:
     content = entry.get("lfs") or entry
     path, size, etag = entry["path"], content["size"], content["oid"]
-    if not isinstance(path, str) or not isinstance(size, int) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
+    if (
+        not isinstance(path, str)
+        or not isinstance(size, int)
+        or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag)
+    ):
         raise ValueError(f"{entry!r:.200}")
     return HubFile(path, size, etag)
 
@@ -192,16 +198,27 @@ class Patience:
         if response is not None and not _may_pass(response):
             _refuse(error, self.asked)
         if is_offline():
-            raise Unreachable(f"{self.asked}: HF_HUB_OFFLINE is set, so nothing was asked of the hub.") from error
+            raise Unreachable(
+                f"{self.asked}: HF_HUB_OFFLINE is set, so nothing was asked of the hub; unset it to fetch."
+            ) from error
         self.failures += 1
         reason = _reason(error)
         if self.failures >= ATTEMPTS:
-            raise Unreachable(f"{self.asked}: {endpoint()} failed {ATTEMPTS} times in a row ({reason}).") from error
+            mend = (
+                "see whether there is a network, and a proxy to name in HTTPS_PROXY"
+                if response is None
+                else "try again later"
+            )
+            raise Unreachable(
+                f"{self.asked}: {endpoint()} failed {ATTEMPTS} times in a row ({reason}); {mend}."
+            ) from error
         wait = _wait_asked_for(response)
         if wait is None:
             wait = FIRST_WAIT_SECONDS * 2 ** (self.failures - 1)
         elif wait > LONGEST_WAIT_SECONDS:
-            raise Unreachable(f"{self.asked}: {endpoint()} asks to come back in {wait:,.0f} s ({reason}).") from error
+            raise Unreachable(
+                f"{self.asked}: {endpoint()} asks to come back in {wait:,.0f} s ({reason}); do so."
+            ) from error
         self.tell(f"{self.asked}: {reason}; trying again in {wait:,.0f} s")
         pause(wait, self.stop)
         if self.stop.is_set():
@@ -219,14 +236,15 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 def _get_json(where: str, asked: Asked) -> tuple[Any, str | None]:
     """Return what the hub's API answers at `where`, and the `where` of the next page."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import hf_raise_for_status
+    from huggingface_hub import get_session, hf_raise_for_status
 
     failures = transport_errors()
     patience = Patience(asked, Event(), lambda note: None)
     while True:
         try:
-            response = get_session().get(f"{endpoint()}/{where}", headers=headers(), timeout=timeout_seconds())
+            response = get_session().get(
+                f"{endpoint()}/{where}", headers=headers(), timeout=timeout_seconds()
+            )
             hf_raise_for_status(response)
             break
         except failures as error:
@@ -288,15 +306,18 @@ def _refuse(error: Exception, asked: Asked) -> NoReturn:
     if isinstance(error, errors.GatedRepoError):
         found = f"{repository} is gated: accept its conditions at {page}, then {log_in}."
     elif isinstance(error, errors.RevisionNotFoundError):
-        found = f"{repository} has no revision {revision!r}; choose a branch, tag or commit of {page}/commits, or leave --revision out."
+        found = (
+            f"{repository} has no revision {revision!r}; choose a branch, tag or commit of {page}/commits, or leave "
+            "--revision out."
+        )
     elif isinstance(error, errors.EntryNotFoundError):
-        found = f"{repository} has no file {printable(asked.path or '')!r} at {revision}; {page}/tree/{revision} shows what it has."
+        found = f"{repository} has no file {asked.path!r} at {revision}; {page}/tree/{revision} shows what it has."
     elif isinstance(error, errors.DisabledRepoError):
         found = f"{repository} was disabled by the hub; see {page}."
     elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         found = (
-            f"There is no dataset {repository!r} on {endpoint()}, or it is private and the token (HF_TOKEN) may not read it: "
-            f"check the name, or {log_in}."
+            f"There is no dataset {repository!r} on {endpoint()}, or it is private and the token (HF_TOKEN) may not "
+            f"read it: check the name, or {log_in}."
         )
     elif status == 403:
         found = f"{endpoint()} forbids to read {repository} (403); {log_in}."
@@ -309,7 +330,14 @@ def _refuse(error: Exception, asked: Asked) -> NoReturn:
 def safe_parts(path: str) -> tuple[str, ...]:
     """Return the parts of a file's path in a repository; `UserError` where it would lead out of a folder."""
     parts = tuple(path.split("/"))
-    if not all(parts) or {".", ".."} & set(parts) or "\\" in path or ":" in parts[0] or not path.isprintable():
-        raise UserError(f"The hub names a file {path!r}, which is no plain path; leave it out with --include.")
+    if (
+        not all(parts)
+        or {".", ".."} & set(parts)
+        or "\\" in path
+        or ":" in parts[0]
+        or not path.isprintable()
+    ):
+        raise UserError(
+            f"The hub names a file {path!r}, which is no plain path; leave it out with --include."
+        )
     return parts
-

@@ -16,10 +16,10 @@ from nanorun.errors import UserError
 
 def cache_job(snapshot: Snapshot, file: HubFile) -> Job:
     """Return the job that leaves `file` in the cache, for `pointer` to be made afterwards."""
-    pointer = _pointer(snapshot, file)
+    path = _pointer(snapshot, file)
     # Where links are not possible the cache holds the file itself in their place.
-    if pointer.is_file() and not pointer.is_symlink():
-        return Job(file, pointer)
+    if path.is_file() and not path.is_symlink():
+        return Job(file, path)
     folder = _folder(snapshot)
     lock = folder.parent / ".locks" / folder.name / f"{file.etag}.lock"
     return Job(file, folder / "blobs" / file.etag, lock)
@@ -34,6 +34,7 @@ def pointer(snapshot: Snapshot, file: HubFile) -> Path:
     beside = path.with_name(f".{path.name}.{os.getpid()}.link")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
         try:
             beside.symlink_to(os.path.relpath(blob, path.parent))
         except (OSError, NotImplementedError):

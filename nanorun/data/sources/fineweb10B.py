@@ -22,7 +22,9 @@ CORPUS = HubShards(
 )
 
 NAME = CORPUS.name
-SUMMARY = "FineWeb 10B as GPT-2 shards, fetched from the hub at a pinned commit (--shards N, default 9; 103 are 20.8 GB)"
+SUMMARY = (
+    "FineWeb 10B as GPT-2 shards from the hub, at a pinned commit (--shards N, default 9; 103 are 20.8 GB)"
+)
 EMBEDDED = False
 DEFAULT_TOKENIZER = TOKENIZER
 

@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 from nanorun.data import hub
 from nanorun.data.hub import HubFile, Snapshot
 from nanorun.data.hub_cache import cache_job, pointer
-from nanorun.data.hub_fetch import fetch
+from nanorun.data.hub_fetch import MOST_NAMED, fetch
 from nanorun.data.shards import replacing
 from nanorun.data.sources import Document, InputFile, Reading, Step
-from nanorun.errors import UserError
+from nanorun.errors import UserError, printable
 
 USAGE = "hub:OWNER/NAME"
 SUMMARY = "any text dataset on the hub in parquet or JSON lines (--column, --include GLOB, --revision)"
@@ -58,7 +58,7 @@ class HubText:
     SOURCE_SHA256: ClassVar[str | None] = None
 
     @property
-    def NAME(self) -> str:  # noqa: N802
+    def NAME(self) -> str:
         return f"hub:{self.repository}"
 
     def commit(self, reading: Reading) -> str:
@@ -67,7 +67,10 @@ class HubText:
 
     def files(self, reading: Reading) -> list[InputFile]:
         """Return the files that would be fetched, in the order of reading; asks the hub, once."""
-        return [InputFile(file.path, file.size, _expands(file.path), file.etag) for file in self._chosen(reading)[0]]
+        return [
+            InputFile(file.path, file.size, _expands(file.path), file.etag)
+            for file in self._chosen(reading)[0]
+        ]
 
     def left_out(self, reading: Reading) -> list[str]:
         """Return the files of the kind that is read which are not: another split's."""
@@ -80,11 +83,13 @@ class HubText:
         snapshot = self._snapshot(reading)
         chosen, left_out = self._chosen(reading)
         if left_out:
-            note = f"left out, as other splits: {', '.join(file.path for file in left_out)}"
+            named = ", ".join(printable(file.path) for file in left_out[:MOST_NAMED])
+            more = ", …" if len(left_out) > MOST_NAMED else ""
+            note = f"{len(left_out):,} files of other splits are left out: {named}{more}"
             reading.report(Step("fetch", 0, sum(file.size for file in chosen), "bytes", note))
         by_hand = (
-            f"Where there is no network: fetch them elsewhere from {snapshot.page} and prepare them as your own files with "
-            "`nanorun prepare-data text --input FOLDER`, or bring along the hub's cache (HF_HUB_CACHE)."
+            f"Where there is no network: fetch them elsewhere from {snapshot.page} and prepare them as your own files "
+            "with `nanorun prepare-data text --input FOLDER`, or bring along the hub's cache (HF_HUB_CACHE)."
         )
         jobs = [cache_job(snapshot, file) for file in chosen]
         with closing(fetch(snapshot, jobs, report=reading.report, by_hand=by_hand, ahead=AHEAD)) as fetched:
@@ -94,7 +99,9 @@ class HubText:
     def _snapshot(self, reading: Reading) -> Snapshot:
         """Return what the dataset holds at the commit that this preparation was begun with."""
         if reading.inputs:
-            raise UserError(f"Corpus {self.NAME!r} comes from the hub and takes no --input (found {reading.inputs[0]!r}).")
+            raise UserError(
+                f"Corpus {self.NAME!r} comes from the hub and takes no --input (found {reading.inputs[0]!r})."
+            )
         if reading.revision not in self._snapshots:
             # A Reading without a folder of its own has nothing to go on with later.
             pin = None if reading.scratch == Path() else reading.scratch / PIN_NAME
@@ -113,8 +120,8 @@ class HubText:
             chosen = [file for file in snapshot.files if fnmatchcase(file.path, reading.include)]
             if not chosen:
                 raise UserError(
-                    f"--include {reading.include!r} matches none of the {len(snapshot.files):,} files of {self.repository} at "
-                    f"{snapshot.commit}; {snapshot.page} shows them."
+                    f"--include {reading.include!r} matches none of the {len(snapshot.files):,} files of "
+                    f"{self.repository} at {snapshot.commit}; {snapshot.page} shows them."
                 )
             return _checked(chosen), []
         for kind in KINDS:
@@ -122,8 +129,9 @@ class HubText:
                 chosen, left_out = _without_other_splits(of_kind)
                 return _checked(chosen), left_out
         raise UserError(
-            f"{self.repository} has no .parquet and no .jsonl file at {snapshot.commit} ({snapshot.page}); choose others with "
-            "--include GLOB (and --format), or try --revision refs/convert/parquet, where the hub keeps many datasets as parquet."
+            f"{self.repository} has no .parquet and no .jsonl file at {snapshot.commit} ({snapshot.page}); choose "
+            "others with --include GLOB (and --format), or try --revision refs/convert/parquet, where the hub keeps "
+            "many datasets as parquet."
         )
 
 
