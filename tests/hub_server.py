@@ -49,7 +49,9 @@ class Fault:
     reset: bool = False
     """Cut by a reset rather than a close."""
     hold: threading.Event | None = None
-    """Wait for it before cutting."""
+    """Wait for it before cutting, or before going on."""
+    hold_after: int | None = None
+    """Bytes that are sent before waiting for `hold` and going on."""
     short: int | None = None
     """Announce and send only so many bytes."""
     flip: int | None = None
@@ -183,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif path.startswith("/api/datasets/"):
                 self._api(url.path.removeprefix("/api/datasets/"), query)
             elif path.startswith("/api/resolve-cache/datasets/"):
-                self._send_content(query["path"][0], query["etag"][0])
+                owner, name, commit, file = path.removeprefix("/api/resolve-cache/datasets/").split("/", 3)
+                self._send_content(file, _etag(file, self.hub.commits[f"{owner}/{name}"][commit][file]))
             elif path.startswith("/datasets/") and "/resolve/" in path:
                 self._resolve(url.path.removeprefix("/datasets/"))
             else:
@@ -259,8 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             about["X-Linked-Etag"] = f'"{etag}"'
             target = f"{self.hub.cdn_url}/xet-bridge-us/{etag}?path={quote(path, safe='')}&Signature=abc"
             return self._head(302, {**about, "Location": target, "Content-Length": "0"})
-        query = f"path={quote(path, safe='')}&etag={etag}"
-        target = f"/api/resolve-cache/datasets/{repository}/{commit}/{quote(path)}?{query}"
+        target = f"/api/resolve-cache/datasets/{repository}/{commit}/{quote(path)}"
         return self._head(307, {**about, "Location": target, "Content-Length": "0"})
 
     def _send_content(self, path: str, etag: str) -> None:
@@ -302,6 +304,10 @@ class _Handler(BaseHTTPRequestHandler):
         )
         if self.command == "HEAD":
             return None
+        if fault.hold is not None and fault.hold_after is not None:
+            self.wfile.write(body[: fault.hold_after])
+            fault.hold.wait(30)
+            body = body[fault.hold_after :]
         if fault.cut_after is None:
             self.wfile.write(body)
             return None

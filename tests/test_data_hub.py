@@ -23,7 +23,7 @@ import pytest
 from hub_server import Fault, HubServer, blob_sha1, sha256
 from huggingface_hub import HfApi, close_session, constants, errors, hf_hub_download
 
-from nanorun.data import hub, hub_fetch
+from nanorun.data import hub, hub_fetch, hub_shards
 from nanorun.data.batches import open_tokens, train_rows, validation_rows
 from nanorun.data.hub_shards import HubShards
 from nanorun.data.shards import Manifest, load_manifest, sha256_of, shard_header
@@ -173,6 +173,10 @@ def test_a_clean_fetch_leaves_the_shards_and_their_manifest(server, out):
     lines = "".join(f"{name} {sha256(SHARDS[name])}\n" for name in chosen)
     assert manifest.source_sha256 == sha256(lines.encode())
     assert load_manifest(out) == manifest
+    # A place in a compressed body would be no place in the file.
+    assert {request.headers["accept-encoding"] for request in server.requests if request.origin == "cdn"} == {
+        "identity"
+    }
 
 
 def test_the_bytes_of_text_are_those_of_the_decoded_tokens(server, out):
@@ -329,6 +333,53 @@ def test_a_damaged_beginning_from_an_earlier_run_is_thrown_away(server, out):
     make_ready(out)
     assert bodies(server, train(1)) == ["bytes=3000-", None]
     assert (out / train(1)).read_bytes() == SHARDS[train(1)]
+
+
+def test_a_damaged_beginning_does_not_count_as_a_damaged_body(server, out):
+    out.mkdir()
+    (out / f"{train(1)}.partial").write_bytes(b"x" * 3000)
+    server.fault(train(1), times=1)
+    server.fault(train(1), flip=5555)
+    make_ready(out)
+    assert bodies(server, train(1)) == ["bytes=3000-", None, None]
+    assert (out / train(1)).read_bytes() == SHARDS[train(1)]
+
+
+def test_a_body_without_end_is_not_kept_reading(server, out, monkeypatch):
+    append, sizes = hub_fetch._Partial.append, []
+
+    def record(partial, chunk):
+        append(partial, chunk)
+        sizes.append(partial.size)
+
+    monkeypatch.setattr(hub_fetch._Partial, "append", record)
+    server.fault(train(1), longer=20_000_000)
+    make_ready(out)
+    assert max(sizes) < 1_000_000
+    assert (out / train(1)).read_bytes() == SHARDS[train(1)]
+
+
+def test_an_interrupted_fetch_stops_in_the_middle_of_a_body(server, out, monkeypatch):
+    long = shard(5, n_tokens=3_000_000)
+    server.add(REPOSITORY, {**SHARDS, train(1): long}, commit=NEWER)
+    held = threading.Event()
+    server.fault(train(1), hold=held, hold_after=2000)
+
+    class Pool(hub_fetch.ThreadPoolExecutor):
+        def shutdown(self, **options):
+            held.set()
+            super().shutdown(**options)
+
+    partial = out / f"{train(1)}.partial"
+
+    def interrupt(_):
+        if partial.exists() and partial.stat().st_size >= 2000:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_fetch, "ThreadPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        PINNED.make_ready(out, Reading(shards=1, revision=NEWER, report=interrupt), None)
+    assert 2000 <= partial.stat().st_size < len(long) // 2
 
 
 def test_a_beginning_longer_than_the_file_is_thrown_away(server, out):
@@ -537,12 +588,18 @@ def test_a_second_run_asks_nothing(server, out):
     assert server.requests == []
 
 
-def test_more_shards_later_fetch_only_those(server, out):
+def test_more_shards_later_fetch_and_count_only_those(server, out, monkeypatch):
     before = make_ready(out)
+    counted = []
+    count = hub_shards.shard_entry
+    monkeypatch.setattr(
+        hub_shards, "shard_entry", lambda path, *rest: counted.append(path.name) or count(path, *rest)
+    )
     server.requests.clear()
     after = make_ready(out, shards=4)
     fetched = {request.path.rsplit("/", 1)[1] for request in server.requests if "/resolve/" in request.path}
     assert fetched == {train(3), train(4)}
+    assert counted == [train(3), train(4)]
     assert [entry.file for entry in after.shards] == [train(1), train(2), train(3), train(4), VAL]
     assert set(before.shards) < set(after.shards)
 

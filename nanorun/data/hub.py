@@ -192,8 +192,6 @@ class Patience:
 
     def after(self, error: Exception) -> None:
         """Return when it is time to try again; `UserError` where that is no use."""
-        if self.stop.is_set():
-            raise Stopped
         response = getattr(error, "response", None)
         if response is not None and not _may_pass(response):
             _refuse(error, self.asked)

@@ -123,22 +123,15 @@ class HubText:
                     f"--include {reading.include!r} matches none of the {len(snapshot.files):,} files of "
                     f"{self.repository} at {snapshot.commit}; {snapshot.page} shows them."
                 )
-            return _checked(chosen), []
+            return chosen, []
         for kind in KINDS:
             if of_kind := [file for file in snapshot.files if file.path.lower().endswith(kind)]:
-                chosen, left_out = _without_other_splits(of_kind)
-                return _checked(chosen), left_out
+                return _without_other_splits(of_kind)
         raise UserError(
             f"{self.repository} has no .parquet and no .jsonl file at {snapshot.commit} ({snapshot.page}); choose "
             "others with --include GLOB (and --format), or try --revision refs/convert/parquet, where the hub keeps "
             "many datasets as parquet."
         )
-
-
-def _checked(files: list[HubFile]) -> list[HubFile]:
-    for file in files:
-        hub.safe_parts(file.path)
-    return files
 
 
 def _without_other_splits(files: list[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
