@@ -51,6 +51,14 @@ def server(monkeypatch, tmp_path):
     close_session()
 
 
+@pytest.fixture
+def home(tmp_path):
+    """A folder that is being prepared."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def opened(monkeypatch):
     """Put the stand-in in place of the readers; returns the paths they were given."""
@@ -199,13 +207,13 @@ def test_inputs_are_refused(server):
         read(Reading(inputs=("x",)))
 
 
-def test_a_preparation_keeps_to_the_commit_it_was_begun_with(server, tmp_path):
-    first = load_source(f"hub:{REPOSITORY}").documents(Reading(scratch=tmp_path / "scratch"))
+def test_a_preparation_keeps_to_the_commit_it_was_begun_with(server, home, tmp_path):
+    first = load_source(f"hub:{REPOSITORY}").documents(Reading(home=home))
     assert next(first).text == "a"
     first.close()
     server.add(REPOSITORY, {"data/train.parquet": lines("new")}, commit=NEWER)
-    assert read(Reading(scratch=tmp_path / "scratch")) == ["a", "b", "c"]
-    assert read(Reading(scratch=tmp_path / "other")) == ["new"]
+    assert read(Reading(home=home)) == ["a", "b", "c"]
+    assert read(Reading(home=tmp_path)) == ["new"]
 
 
 def test_a_pin_of_another_dataset_or_a_broken_one_is_not_taken(server, tmp_path):
@@ -217,14 +225,24 @@ def test_a_pin_of_another_dataset_or_a_broken_one_is_not_taken(server, tmp_path)
         json.dumps({"repository": "x/y", "asked": None, "commit": NEWER, "files": []}),
     ):
         pin.write_text(content)
-        assert read(Reading(scratch=tmp_path)) == ["a", "b", "c"]
+        assert read(Reading(home=tmp_path)) == ["a", "b", "c"]
         assert json.loads(pin.read_text())["commit"] == COMMIT
 
 
-def test_a_second_run_asks_nothing(server, tmp_path):
-    assert read(Reading(scratch=tmp_path / "scratch")) == ["a", "b", "c"]
+def test_without_a_folder_nothing_is_written_down(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        listed()
+        == listed(home=tmp_path / "not there yet")
+        == ["data/train-00000.parquet", "data/train-00001.parquet"]
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_second_run_asks_nothing(server, home):
+    assert read(Reading(home=home)) == ["a", "b", "c"]
     server.requests.clear()
-    assert read(Reading(scratch=tmp_path / "scratch")) == ["a", "b", "c"]
+    assert read(Reading(home=home)) == ["a", "b", "c"]
     assert server.requests == []
 
 
@@ -358,11 +376,11 @@ def test_another_program_that_holds_the_lock_is_waited_for(server):
     assert any("waiting for another program" in step.note for step in steps)
 
 
-def test_without_a_network_it_says_what_is_missing_and_how_to_do_without(server, tmp_path):
-    load_source(f"hub:{REPOSITORY}").files(Reading(scratch=tmp_path / "scratch"))
+def test_without_a_network_it_says_what_is_missing_and_how_to_do_without(server, home):
+    load_source(f"hub:{REPOSITORY}").files(Reading(home=home))
     server.close()
     with pytest.raises(UserError) as caught:
-        read(Reading(scratch=tmp_path / "scratch"))
+        read(Reading(home=home))
     said = str(caught.value)
     assert "Missing are data/train-00000.parquet, data/train-00001.parquet" in said
     assert "prepare-data text --input" in said

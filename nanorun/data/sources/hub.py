@@ -37,6 +37,7 @@ EXPANDS = {".parquet": 2.5, ".gz": 3.0, ".zst": 3.5}
 AHEAD = 2
 """Files on their way at a time: the one to be read next and the one after it."""
 PIN_NAME = "hub.json"
+"""Which commit a folder is made from, and what the dataset holds there: it is asked once, also by later runs."""
 
 
 def named(argument: str) -> HubText:
@@ -103,8 +104,7 @@ class HubText:
                 f"Corpus {self.NAME!r} comes from the hub and takes no --input (found {reading.inputs[0]!r})."
             )
         if reading.revision not in self._snapshots:
-            # A Reading without a folder of its own has nothing to go on with later.
-            pin = None if reading.scratch == Path() else reading.scratch / PIN_NAME
+            pin = reading.home / PIN_NAME if reading.home is not None and reading.home.is_dir() else None
             found = _read_pin(pin, self.repository, reading.revision)
             if found is None:
                 found = hub.snapshot(self.repository, hub.resolve(self.repository, reading.revision))
@@ -157,7 +157,6 @@ def _write_pin(path: Path, snapshot: Snapshot, asked: str | None) -> None:
         "commit": snapshot.commit,
         "files": [[file.path, file.size, file.etag] for file in snapshot.files],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(json.dumps(content).encode())
 
