@@ -28,6 +28,7 @@ from nanorun.data.batches import open_tokens, train_rows, validation_rows
 from nanorun.data.hub_shards import HubShards
 from nanorun.data.shards import Manifest, load_manifest, sha256_of, shard_header
 from nanorun.data.sources import Reading, fineweb10B, fineweb100B, finewebedu10B
+from nanorun.data.tokenizers import make_tokenizer
 from nanorun.errors import UserError
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
@@ -179,13 +180,15 @@ def test_a_clean_fetch_leaves_the_shards_and_their_manifest(server, out):
     }
 
 
-def test_the_bytes_of_text_are_those_of_the_decoded_tokens(server, out):
-    tiktoken_text = make_ready(out, shards=1).shards[0].bytes
-    from nanorun.data.tokenizers import make_tokenizer
-
-    ids = np.frombuffer(SHARDS[train(1)][1024:], "<u2")
-    encoding = make_tokenizer("gpt2")._encoding
-    assert tiktoken_text == sum(len(encoding.decode_single_token_bytes(int(i))) for i in ids if i != EOT)
+def test_the_bytes_of_text_and_the_documents_are_those_of_the_texts(server, out):
+    texts = ["Größe zählt — 大小 counts.\n" * 40, "", "A second one"]
+    gpt2 = make_tokenizer("gpt2")
+    tokens = np.concatenate([np.append(EOT, gpt2.encode(text)) for text in texts]).astype("<u2")
+    content = shard_header(len(tokens), tokens.dtype) + tokens.tobytes()
+    server.add(REPOSITORY, {**SHARDS, train(1): content}, commit=NEWER)
+    entry = make_ready(out, shards=1, revision=NEWER).shards[0]
+    assert (entry.tokens, entry.documents) == (len(tokens), 3)
+    assert entry.bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_only_the_pinned_commit_is_asked_for(server, out):
@@ -420,8 +423,12 @@ def test_a_wait_beyond_reason_is_refused(server, out, waits):
 
 def test_the_listing_is_retried_too(server, out, waits):
     server.api_faults.append(Fault(status=500, times=3))
-    make_ready(out)
+    steps = []
+    make_ready(out, report=steps.append)
     assert waits == [1.0, 2.0, 4.0]
+    assert [step.note for step in steps if step.total is None] == [
+        f"{REPOSITORY}: HTTP 500; trying again in {wait} s" for wait in (1, 2, 4)
+    ]
 
 
 def test_a_hub_that_keeps_failing_is_named_with_what_is_missing(server, out, waits):
@@ -433,6 +440,15 @@ def test_a_hub_that_keeps_failing_is_named_with_what_is_missing(server, out, wai
     assert f"Missing are {train(2)}" in said
     assert str(out) in said
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+def test_a_damaged_file_that_cannot_be_fetched_again_is_named(server, out):
+    manifest = make_ready(out)
+    (out / train(2)).write_bytes(shard(77))
+    assert not PINNED.is_current(out, manifest, Reading(shards=2))
+    server.fault(train(2), status=503, times=99)
+    with pytest.raises(UserError, match=rf"{train(2)}: .* failed 6 times .*What has arrived is kept"):
+        make_ready(out)
 
 
 def test_what_arrived_before_the_failure_is_not_fetched_again(server, out):
@@ -455,7 +471,7 @@ def test_a_server_that_is_down_is_a_plain_statement(server, out, waits):
         make_ready(out, shards=5)
     said = str(caught.value)
     assert "failed 6 times in a row (Connect" in said
-    assert f"Missing in {out}: {train(1)}, {train(2)}, {train(3)} and 3 more" in said
+    assert f"Missing in {out}: {train(1)}, {train(2)}, {train(3)}, {train(4)}, {train(5)} and 1 more" in said
     assert f"huggingface.co/datasets/{REPOSITORY}/tree/{PIN}" in said
     assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
 
@@ -654,7 +670,7 @@ def test_without_a_network_files_brought_by_hand_are_enough(server, out, monkeyp
         sha256(SHARDS[name]) for name in (train(1), train(2), VAL)
     ]
     assert PINNED.is_current(out, manifest, Reading(shards=2))
-    with pytest.raises(UserError, match="--revision cannot be looked up"):
+    with pytest.raises(UserError, match="--revision main cannot be looked up"):
         make_ready(out, revision="main")
 
 

@@ -357,6 +357,13 @@ def test_the_next_file_is_fetched_while_one_is_read(server):
     documents.close()
 
 
+def test_two_files_of_the_same_content_are_fetched_once(server):
+    same = lines("same")
+    server.add(REPOSITORY, {"a.parquet": same, "b.parquet": same, "c.parquet": lines("other")}, commit=NEWER)
+    assert read() == ["same", "same", "other"]
+    assert len(resolved(server)) == 2
+
+
 def test_another_program_that_holds_the_lock_is_waited_for(server):
     from filelock import FileLock
 

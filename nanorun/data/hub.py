@@ -125,27 +125,31 @@ def timeout_seconds() -> float:
     return float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def resolve(repository: str, revision: str | None) -> str:
+Tell = Callable[[str], None]
+"""Takes a sentence about what is being waited for."""
+
+
+def resolve(repository: str, revision: str | None, tell: Tell) -> str:
     """Return the commit that `revision` (a branch, a tag, a commit; None: the default branch) is now."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     where = f"api/datasets/{check_repository(repository)}"
     if revision is not None:
         where += f"/revision/{quote(revision, safe='')}"
-    answer, _ = _get_json(where, Asked(repository, revision))
+    answer, _ = _get_json(where, Asked(repository, revision), tell)
     commit = answer.get("sha") if isinstance(answer, dict) else None
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
         raise _unexpected(where, f"the commit is {commit!r}")
     return commit
 
 
-def snapshot(repository: str, commit: str) -> Snapshot:
+def snapshot(repository: str, commit: str, tell: Tell) -> Snapshot:
     """Return the files of `repository` at `commit`."""
     where = f"api/datasets/{check_repository(repository)}/tree/{quote(commit, safe='')}?recursive=true"
     files: list[HubFile] = []
     following: str | None = where
     while following:
-        entries, following = _get_json(following, Asked(repository, commit))
+        entries, following = _get_json(following, Asked(repository, commit), tell)
         try:
             files += [_hub_file(entry) for entry in entries if entry["type"] == "file"]
         except (KeyError, TypeError, ValueError) as error:
@@ -180,7 +184,7 @@ class Asked:
 class Patience:
     """Takes failures: waits after those that may pass, longer each time, and raises `UserError` for the others."""
 
-    def __init__(self, asked: Asked, stop: Event, tell: Callable[[str], None]) -> None:
+    def __init__(self, asked: Asked, stop: Event, tell: Tell) -> None:
         self.asked = asked
         self.stop = stop
         self.tell = tell
@@ -232,12 +236,12 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return (base, OfflineModeIsEnabled)
 
 
-def _get_json(where: str, asked: Asked) -> tuple[Any, str | None]:
+def _get_json(where: str, asked: Asked, tell: Tell) -> tuple[Any, str | None]:
     """Return what the hub's API answers at `where`, and the `where` of the next page."""
     from huggingface_hub import get_session, hf_raise_for_status
 
     failures = transport_errors()
-    patience = Patience(asked, Event(), lambda note: None)
+    patience = Patience(asked, Event(), tell)
     while True:
         try:
             response = get_session().get(

@@ -36,7 +36,7 @@ from nanorun.data.hub import (
     timeout_seconds,
     transport_errors,
 )
-from nanorun.data.sources import Step
+from nanorun.data.sources import Reading, Step
 from nanorun.errors import UserError, printable
 
 WORKERS = 4
@@ -99,10 +99,15 @@ def fetch(
             waiting.extend((job, pool.submit(work.bring, job)) for job in islice(remaining, 1))
             yield job.target
     except Unreachable as error:
-        raise UserError(f"{error} {_missing(jobs)} {by_hand}") from error
+        raise UserError(f"{error} {_missing(jobs, work)} {by_hand}") from error
     finally:
         work.stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def telling(reading: Reading) -> Callable[[str], None]:
+    """Return what reports a sentence as a step of `reading`, for what is asked before anything is fetched."""
+    return lambda note: reading.report(Step("fetch", 0, None, "bytes", note))
 
 
 def _await(waiting: deque[tuple[Job, Future[None]]], report: Callable[[], None]) -> None:
@@ -118,9 +123,11 @@ def _await(waiting: deque[tuple[Job, Future[None]]], report: Callable[[], None])
             return
 
 
-def _missing(jobs: Sequence[Job]) -> str:
+def _missing(jobs: Sequence[Job], work: _Work) -> str:
     """Return which files are not there, in a sentence."""
-    missing = [job for job in jobs if not job.target.exists()]
+    missing = [job for job in jobs if job.target not in work.whole and _size(job.target) != job.file.size]
+    if not missing:
+        return "What has arrived is kept, and the same command goes on from there."
     named = ", ".join(printable(job.file.path) for job in missing[:MOST_NAMED])
     more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
     return f"Missing are {named}{more}; what has arrived is kept, and the same command goes on from there."
@@ -167,6 +174,8 @@ class _Work:
 
     snapshot: Snapshot
     stop: Event = field(default_factory=Event)
+    whole: set[Path] = field(default_factory=set)
+    """Targets that were found or brought."""
     done: int = 0
     note: str = ""
     _lock: Lock = field(default_factory=Lock)
@@ -189,8 +198,10 @@ class _Work:
                     # Whoever held the lock may have brought it.
                     if job.lock is None or not job.is_whole():
                         self._download(job)
+                        self.whole.add(job.target)
                         return
             self.advance(job.file.size)
+            self.whole.add(job.target)
         except OSError as error:
             raise _cannot_keep(job, error) from error
 
@@ -211,6 +222,7 @@ class _Work:
                 self.tell(f"{printable(job.file.path)}: waiting for another program that fetches it ({path})")
                 if self.stop.is_set():
                     raise Stopped from None
+        self.tell("")
         try:
             yield
         finally:
@@ -277,6 +289,7 @@ class _Work:
             "GET", url, headers=wanted, timeout=timeout_seconds(), follow_redirects=True
         ) as response:
             hf_raise_for_status(response)
+            self.tell("")
             if partial.size and _first_byte(response) != partial.size:
                 partial.restart()
                 if _first_byte(response) != 0:

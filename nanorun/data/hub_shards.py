@@ -19,7 +19,7 @@ import numpy as np
 
 from nanorun.data import hub
 from nanorun.data.hub import HubFile, Snapshot, Unreachable
-from nanorun.data.hub_fetch import Job, fetch
+from nanorun.data.hub_fetch import MOST_NAMED, Job, fetch, telling
 from nanorun.data.shards import (
     HEADER_BYTES,
     MANIFEST_NAME,
@@ -60,7 +60,8 @@ class HubShards:
     def files(self, reading: Reading) -> list[InputFile]:
         """Return the shards that would be fetched, training first; asks the hub."""
         self._refuse_inputs(reading)
-        snapshot = self._snapshot(hub.resolve(self.repository, reading.revision or self.pinned))
+        commit = hub.resolve(self.repository, reading.revision or self.pinned, telling(reading))
+        snapshot = self._snapshot(commit, reading)
         chosen = self._choose(snapshot, self._asked(reading, snapshot))
         return [InputFile(file.path, file.size, TEXT_PER_BYTE, file.etag) for file in chosen]
 
@@ -93,7 +94,7 @@ class HubShards:
             raise cannot_write(out, error) from error
         had = self._manifest_in(out)
         try:
-            snapshot = self._snapshot(self._commit(out, had, reading))
+            snapshot = self._snapshot(self._commit(out, had, reading), reading)
         except Unreachable as error:
             manifest = self._by_hand(out, had, reading, error)
         else:
@@ -121,13 +122,17 @@ class HubShards:
     def _commit(self, out: Path, had: Manifest | None, reading: Reading) -> str:
         """Return the commit to use; where it was the newest, `out` remembers it."""
         if reading.revision is not None:
-            return hub.resolve(self.repository, reading.revision)
-        if known := (had and had.revision) or self._remembered(out) or self.pinned:
+            return hub.resolve(self.repository, reading.revision, telling(reading))
+        if known := self._known_commit(out, had):
             return known
-        commit = hub.resolve(self.repository, None)
+        commit = hub.resolve(self.repository, None, telling(reading))
         with replacing(out / PINNED_NAME) as file:
             file.write(json.dumps({"repository": self.repository, "revision": commit}).encode() + b"\n")
         return commit
+
+    def _known_commit(self, out: Path, had: Manifest | None) -> str | None:
+        """Return the commit that the folder was begun with, or that the corpus pins."""
+        return (had and had.revision) or self._remembered(out) or self.pinned
 
     def _remembered(self, out: Path) -> str | None:
         try:
@@ -137,8 +142,8 @@ class HubShards:
             return None
         return commit if isinstance(commit, str) and hub.COMMIT.fullmatch(commit) else None
 
-    def _snapshot(self, commit: str) -> Snapshot:
-        snapshot = hub.snapshot(self.repository, commit)
+    def _snapshot(self, commit: str, reading: Reading) -> Snapshot:
+        snapshot = hub.snapshot(self.repository, commit, telling(reading))
         known = self.known if commit == self.pinned else {}
         for file in snapshot.files:
             if known.get(file.path, file.etag) != file.etag:
@@ -239,14 +244,18 @@ class HubShards:
         """Return the manifest of files that lie in `out` already, where the hub cannot be asked about them."""
         names = self._names(DEFAULT_SHARDS if reading.shards is None else max(1, reading.shards))
         missing = [name for name in names if not (out / name).exists()]
-        commit = reading.revision or self.pinned
-        if missing or reading.revision is not None:
-            page = f"https://huggingface.co/datasets/{self.repository}/tree/{commit or 'main'}"
-            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        if reading.revision is not None:
             raise UserError(
-                f"{error} Missing in {out}: {named or 'nothing, but --revision cannot be looked up'}. Fetch them "
-                f"elsewhere from {page}, put them there under these names, and run the same command again without "
-                "--revision."
+                f"{error} Without the hub --revision {reading.revision} cannot be looked up."
+            ) from error
+        if missing:
+            commit = self._known_commit(out, had) or "main"
+            named = ", ".join(missing[:MOST_NAMED])
+            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+            raise UserError(
+                f"{error} Missing in {out}: {named}{more}. Fetch them elsewhere from "
+                f"https://huggingface.co/datasets/{self.repository}/tree/{commit}, put them there under these names, "
+                "and run the same command again."
             ) from error
         tokenizer = make_tokenizer(TOKENIZER)
         entries = [shard_entry(out / name, self._split(out / name), tokenizer) for name in names]

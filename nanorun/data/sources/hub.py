@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from nanorun.data import hub
 from nanorun.data.hub import HubFile, Snapshot
 from nanorun.data.hub_cache import cache_job, pointer
-from nanorun.data.hub_fetch import MOST_NAMED, fetch
+from nanorun.data.hub_fetch import MOST_NAMED, fetch, telling
 from nanorun.data.shards import replacing
 from nanorun.data.sources import Document, InputFile, Reading, Step
 from nanorun.errors import UserError, printable
@@ -107,7 +107,10 @@ class HubText:
             pin = reading.home / PIN_NAME if reading.home is not None and reading.home.is_dir() else None
             found = _read_pin(pin, self.repository, reading.revision)
             if found is None:
-                found = hub.snapshot(self.repository, hub.resolve(self.repository, reading.revision))
+                tell = telling(reading)
+                found = hub.snapshot(
+                    self.repository, hub.resolve(self.repository, reading.revision, tell), tell
+                )
                 if pin is not None:
                     _write_pin(pin, found, reading.revision)
             self._snapshots[reading.revision] = found
