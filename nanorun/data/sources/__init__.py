@@ -93,6 +93,8 @@ class Reading:
     workers: int = 1
     scratch: Path = field(default_factory=Path)
     """A folder for temporary files; what is left in it is removed at the end."""
+    home: Path | None = None
+    """The folder that is being prepared, for what has to outlive an interruption; None where there is none yet."""
     report: Callable[[Step], None] = _silent
     skipped: list[str] = field(default_factory=list)
     """One line for each thing left out under `skip_bad`."""
