@@ -124,6 +124,7 @@ def make_request(
         inputs=tuple(inputs),
         workers=min(workers or cores, cores),
         scratch=out / SCRATCH,
+        home=out,
         **({"report": report} if report else {}),
         **reading,
     )
@@ -165,15 +166,15 @@ def carry_out(request: Request) -> Prepared:
 def _make(request: Request) -> Prepared:
     """Make the shards and the manifest; UserErrors and Ctrl-C say what stays."""
     out = request.out
-    refuse_if_full(request)
     try:
         request.reading.scratch.mkdir(exist_ok=True)
-        # From here on the folder is not a prepared corpus.
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
         if is_ready(request.source):
             manifest = request.source.make_ready(out, request.reading, request.tokenizer)
             done = Prepared(out, manifest, True, 0.0, 0.0)
         else:
+            refuse_if_full(request)
+            # From here on the folder is not a prepared corpus.
+            (out / MANIFEST_NAME).unlink(missing_ok=True)
             done = _Tokenizing(request).run()
         done.manifest.write(out)
         _keep_inputs(request, done.manifest)
@@ -182,7 +183,7 @@ def _make(request: Request) -> Prepared:
             raise
         raise Stopped(f"stopped. {stays}") from None
     except UserError as error:
-        raise UserError(f"{error} {_what_stays(request)}".rstrip()) from error
+        raise UserError(f"{error} {'' if is_ready(request.source) else _what_stays(request)}".rstrip()) from error
     except OSError as error:
         raise cannot_write(out, error) from error
     Journal(out).remove()
@@ -191,6 +192,9 @@ def _make(request: Request) -> Prepared:
 
 def _what_stays(request: Request) -> str:
     """Return a sentence on what an interrupted run has left, or nothing."""
+    if is_ready(request.source):
+        kept = [path for path in request.out.iterdir() if path.name.endswith((".bin", PARTIAL))]
+        return f"What is whole stays in {request.out}: the same command goes on from there." if kept else ""
     progress = Journal(request.out).read()
     if progress is None or not progress.has_begun:
         return ""
@@ -235,7 +239,9 @@ class _Tokenizing:
         rate = n_tokens / (time.perf_counter() - started)
         entries = self._entries()
         source_sha256 = self._source.SOURCE_SHA256 or reader.mark.sha256
-        manifest = Manifest(self._request.corpus, source_sha256, tokenizer.to_manifest(), entries)
+        commit = getattr(self._source, "commit", None)
+        revision = commit(self._reading) if commit else None
+        manifest = Manifest(self._request.corpus, source_sha256, tokenizer.to_manifest(), entries, revision)
         return Prepared(
             self._out,
             manifest,

@@ -88,6 +88,8 @@ def _plan(request: Request, console: Console) -> dict[str, Any]:
     lines = [f"{request.corpus}: {len(files):,} files, {human_bytes(size)}"]
     lines += [f"  {file.name!a:.100}  {human_bytes(file.size)}".replace("'", "") for file in files[:SHOWN_FILES]]
     lines += [f"  and {len(files) - SHOWN_FILES:,} more"] if len(files) > SHOWN_FILES else []
+    if left_out := getattr(request.source, "left_out", None):
+        lines += [f"  {len(others):,} files of other splits left out"] if (others := left_out(request.reading)) else []
     about = "" if ready else f"about {human_bytes(need.text_bytes)} of text, "
     lines += [
         f"would become {about}about {short_count(need.tokens)} {request.tokenizer_name} tokens in {request.out}"
