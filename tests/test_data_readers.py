@@ -367,6 +367,7 @@ def test_separators_are_found_wherever_blocks_end(parts, separator, block_bytes,
     expected[1:] = [re.sub("\\A\r?\n", "", part) for part in expected[1:]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nanorun.data.readers._packings.BLOCK_BYTES", block_bytes)
+        patch.setattr(plain, "BLOCK_BYTES", block_bytes)
         patch.setattr(plain, "LONG_BYTES", 20)
         found, _ = _read(path, separator=separator)
     # a long one of white space alone is not looked through for that

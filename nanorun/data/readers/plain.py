@@ -87,15 +87,13 @@ class _PiecesOfFile:
 
 def _separated(file: FileInput, separator: bytes) -> Iterator[Document]:
     """Yield the documents between separators."""
-    with closing(_Growing(file, len(separator))) as growing:
+    with closing(_Growing(file, separator)) as growing:
         for block in file.blocks():
-            *whole, growing.held = (growing.held + block).split(separator)
-            for content in whole:
+            for content in growing.grow(block):
                 document = growing.end(content)
                 if document:
                     yield document
-            growing.spill_if_long()
-        document = growing.end(growing.held, last=True)
+        document = growing.end_of_file()
         if document:
             yield document
 
@@ -107,34 +105,52 @@ class _Growing:
     take the memory that a whole file would.
     """
 
-    def __init__(self, file: FileInput, separator_bytes: int) -> None:
-        self.held = b""
+    def __init__(self, file: FileInput, separator: bytes) -> None:
         self._file = file
-        self._separator_bytes = separator_bytes
+        self._separator = separator
         self._number = 1
         self._begin = 0
-        self._n_bytes = 0
-        """Of the document, without what is held."""
+        self._held: list[bytes] = []
+        """The document so far, but for what follows."""
+        self._end = b""
+        """The last of its bytes, among which a separator may have begun."""
+        self._n_spilled = 0
         self._spill: _Spill | None = None
 
-    def spill_if_long(self) -> None:
-        """Put what is held into a file if it is long, except what may belong to a separator."""
-        if len(self.held) <= LONG_BYTES:
-            return
-        n_kept = self._separator_bytes + len(b"\r\n")
-        content, self.held = self.held[:-n_kept], self.held[-n_kept:]
+    def grow(self, block: bytes) -> list[bytes]:
+        """Add `block`; return the ends of the documents that end in it, each to be passed to `end`."""
+        if len(self._end) >= BLOCK_BYTES:
+            n_kept = len(self._separator) + len(b"\r\n")
+            self._held.append(self._end[:-n_kept])
+            self._end = self._end[-n_kept:]
+        *whole, self._end = (self._end + block).split(self._separator)
+        if whole and self._held:
+            whole[0] = b"".join([*self._held, whole[0]])
+            self._held.clear()
+        elif sum(map(len, self._held)) > LONG_BYTES:
+            self._put_aside()
+        return whole
+
+    def _put_aside(self) -> None:
+        """Put what is held into a file."""
+        content = b"".join(self._held)
+        self._held.clear()
         if self._spill is None:
             content = self._without_beginning(content)
             self._spill = _Spill(self._file.reading)
-        self._n_bytes += len(content)
+        self._n_spilled += len(content)
         self._spill.write(content)
+
+    def end_of_file(self) -> Document | None:
+        """Return the last document, or None."""
+        return self.end(b"".join([*self._held, self._end]), last=True)
 
     def end(self, content: bytes, *, last: bool = False) -> Document | None:
         """Return the document that ends with `content`, or None if it is empty or bad; begin the next."""
         if self._spill is None:
             content = self._without_beginning(content)
         begin = self._begin
-        self._begin += self._n_bytes + len(content) + self._separator_bytes
+        self._begin += self._n_spilled + len(content) + len(self._separator)
         if not last and content.endswith(b"\n"):
             content = content[:-1].removesuffix(b"\r")
         name = f"{self._file.name} document {self._number}"
@@ -143,7 +159,7 @@ class _Growing:
         else:
             document = self._long(name, self._spill, content, begin)
         self._number += 1
-        self._n_bytes, self._spill = 0, None
+        self._n_spilled, self._spill = 0, None
         return document
 
     def close(self) -> None:
