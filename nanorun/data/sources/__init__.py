@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from typing_extensions import TypeIs
 
@@ -23,6 +23,8 @@ from nanorun.errors import UserError, nearest
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
+MOST_LISTED = 1000
+"""Lines kept about what was left out; a file may have millions of bad ones."""
 
 
 class LongText(NamedTuple):
@@ -97,9 +99,15 @@ class Reading:
     """The folder that is being prepared, for what has to outlive an interruption; None where there is none yet."""
     report: Callable[[Step], None] = _silent
     skipped: list[str] = field(default_factory=list)
-    """One line for each thing left out under `skip_bad`."""
+    """One line for each thing left out under `skip_bad`, of the first `MOST_LISTED`."""
+    n_skipped: int = 0
+    """How many were left out in all."""
+    empty: int = 0
+    """Documents without text, passed over."""
     bytes_done: int = 0
     """Of the sizes of the inputs, how much has been read."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What a corpus keeps from one call to the next: the files it found, standard input's copy."""
 
     def restart(self) -> None:
         """Forget what came of an earlier pass over the inputs."""
@@ -113,7 +121,9 @@ class Reading:
         """
         if not self.skip_bad:
             raise UserError(f"{where}: {found}; {mend}, or leave such things out with --skip-bad.")
-        self.skipped.append(f"{where}: {found}")
+        self.n_skipped += 1
+        if self.n_skipped <= MOST_LISTED:
+            self.skipped.append(f"{where}: {found}")
 
 
 class Source(Protocol):
