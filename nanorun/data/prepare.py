@@ -77,7 +77,10 @@ class Prepared:
     duplicates: int = 0
     """Exact copies of documents that were left out."""
     skipped: tuple[str, ...] = ()
-    """One line for each thing that `skip_bad` left out."""
+    """One line for each thing that `skip_bad` left out, of the first thousand."""
+    n_skipped: int = 0
+    empty: int = 0
+    """Documents without text, passed over."""
     resumed_at: int = 0
     """Documents that an interrupted run had done before."""
 
@@ -250,6 +253,8 @@ class _Tokenizing:
             rate,
             reader.duplicates,
             tuple(self._reading.skipped),
+            self._reading.n_skipped,
+            self._reading.empty,
             resumed_at,
         )
 

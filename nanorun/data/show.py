@@ -16,7 +16,7 @@ from nanorun.data.space import free_bytes, human_bytes, needed
 from nanorun.tracks import DEFAULT_TRACK, load_track, track_names
 
 SHOWN_SKIPS = 20
-"""So many of the things left out are listed on the console; `--json` has them all."""
+"""So many of the things left out are listed on the console."""
 SHOWN_FILES = 10
 
 
@@ -49,11 +49,13 @@ def _summary_lines(done: Prepared) -> Iterator[str]:
     )
     if done.duplicates:
         yield f"{done.duplicates:,} exact copies of documents left out (--keep-duplicates keeps them)"
-    if done.skipped:
-        yield f"{len(done.skipped):,} bad things left out:"
+    if done.empty:
+        yield f"{done.empty:,} documents without text left out"
+    if done.n_skipped:
+        yield f"{done.n_skipped:,} bad things left out:"
         yield from (f"  {line}" for line in done.skipped[:SHOWN_SKIPS])
-        if len(done.skipped) > SHOWN_SKIPS:
-            yield f"  and {len(done.skipped) - SHOWN_SKIPS:,} more (--json lists them all)"
+        if done.n_skipped > SHOWN_SKIPS:
+            yield f"  and {done.n_skipped - SHOWN_SKIPS:,} more (--json lists the first thousand)"
 
 
 def _summary(done: Prepared) -> dict[str, Any]:
@@ -68,6 +70,8 @@ def _summary(done: Prepared) -> dict[str, Any]:
         "documents": {split: manifest.n_documents(split) for split in ("train", "val")},
         "shards": len(manifest.shards),
         "duplicates": done.duplicates,
+        "empty": done.empty,
+        "n_skipped": done.n_skipped,
         "skipped": list(done.skipped),
         "resumed_at": done.resumed_at,
         "wrote": done.wrote,

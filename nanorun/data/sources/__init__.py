@@ -112,7 +112,7 @@ class Reading:
     def restart(self) -> None:
         """Forget what came of an earlier pass over the inputs."""
         self.skipped.clear()
-        self.bytes_done = 0
+        self.n_skipped = self.empty = self.bytes_done = 0
 
     def bad(self, where: str, found: str, mend: str) -> None:
         """Note something that cannot be read, or raise `UserError` unless `skip_bad`.
@@ -134,6 +134,8 @@ class Source(Protocol):
     """One line for listings."""
     EMBEDDED: bool
     """The texts ship inside the package: no network, no `--input`."""
+    TAKES_INPUT: bool
+    """It is made from files that the user names."""
     DEFAULT_TOKENIZER: str
     SOURCE_SHA256: str | None
     """Of the texts, where it is known beforehand; None: the hash of the documents' hashes, in their order."""
@@ -151,6 +153,7 @@ class ReadySource(Protocol):
     NAME: str
     SUMMARY: str
     EMBEDDED: bool
+    TAKES_INPUT: bool
     DEFAULT_TOKENIZER: str
 
     def files(self, reading: Reading) -> list[InputFile]:

@@ -19,6 +19,7 @@ CORPUS = HubShards(
 NAME = CORPUS.name
 SUMMARY = "FineWeb 100B as GPT-2 shards, fetched from the hub (--shards N, default 9; all are about 200 GB)"
 EMBEDDED = False
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = TOKENIZER
 
 files = CORPUS.files

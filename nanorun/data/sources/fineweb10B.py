@@ -26,6 +26,7 @@ SUMMARY = (
     "FineWeb 10B as GPT-2 shards from the hub, at a pinned commit (--shards N, default 9; 103 are 20.8 GB)"
 )
 EMBEDDED = False
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = TOKENIZER
 
 files = CORPUS.files

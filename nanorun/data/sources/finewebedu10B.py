@@ -20,6 +20,7 @@ CORPUS = HubShards(
 NAME = CORPUS.name
 SUMMARY = "FineWeb-Edu 10B as GPT-2 shards, fetched from the hub (--shards N, default 9; 99 are 19.9 GB)"
 EMBEDDED = False
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = TOKENIZER
 
 files = CORPUS.files

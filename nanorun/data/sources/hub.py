@@ -55,6 +55,7 @@ class HubText:
 
     SUMMARY = SUMMARY
     EMBEDDED = False
+    TAKES_INPUT = False
     DEFAULT_TOKENIZER = "gpt2"
     SOURCE_SHA256: ClassVar[str | None] = None
 

@@ -47,6 +47,7 @@ from nanorun.errors import Stopped, UserError
 NAME = "shards"
 SUMMARY = "token files that others made: llm.c, modded-nanogpt, nanoGPT, datatrove (--input FOLDER or FILE)"
 EMBEDDED = False
+TAKES_INPUT = True
 DEFAULT_TOKENIZER = "gpt2"
 
 INPUTS_NAME = "inputs.json"

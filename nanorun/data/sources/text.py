@@ -17,6 +17,7 @@ from nanorun.errors import UserError, shown
 NAME = "text"
 SUMMARY = "your own files, plain, jsonl, csv or parquet (--input FILE, FOLDER or GLOB, - for standard input)"
 EMBEDDED = False
+TAKES_INPUT = True
 DEFAULT_TOKENIZER = "byte"
 SOURCE_SHA256 = None
 
