@@ -24,12 +24,22 @@ def _documents(source, split):
 
 
 def test_the_registry_finds_corpora_by_file_name():
-    assert {"sotu", "shakespeare", "text"} <= set(source_names())
+    assert {"sotu", "shakespeare", "text", "fineweb10B", "shards", "hub"} <= set(source_names())
     for name in source_names():
-        source = load_source(name)
-        assert name == source.NAME
+        full_name = "hub:someone/something" if name == "hub" else name
+        source = load_source(full_name)
+        assert full_name == source.NAME
         assert source.SUMMARY
         assert source.DEFAULT_TOKENIZER in ("byte", "char", "gpt2")
+
+
+def test_a_family_of_corpora_says_what_it_takes():
+    with pytest.raises(UserError, match=r"'hub' is a family: expected hub:OWNER/NAME"):
+        load_source("hub")
+    with pytest.raises(UserError, match="no corpus 'hup:a/b'"):
+        load_source("hup:a/b")
+    with pytest.raises(UserError, match="'sotu' is one by itself; leave ':gpt2' out"):
+        load_source("sotu:gpt2")
 
 
 def test_an_unknown_corpus_names_the_nearest():

@@ -178,11 +178,11 @@ class Pass:
 
 def _digest(text: str | LongText) -> tuple[bytes, int]:
     """Return the sha256 of a text's UTF-8 bytes, and how many there are."""
-    if isinstance(text, str):
+    if isinstance(text, str) and len(text) <= PIECE_CHARS:
         data = text.encode()
         return hashlib.sha256(data).digest(), len(data)
     found, n_bytes = hashlib.sha256(), 0
-    for piece in text.pieces():
+    for piece in _pieces(text):
         data = piece.encode()
         found.update(data)
         n_bytes += len(data)
