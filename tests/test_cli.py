@@ -153,7 +153,7 @@ def test_ctrl_c_outside_training_is_one_sentence_and_130(nanorun, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanorun.data.show.prepare", interrupted)
+    monkeypatch.setattr("nanorun.data.show.carry_out", interrupted)
     code, _, err = nanorun("prepare-data", "shakespeare")
     assert code == 130
     assert "stopped by Ctrl-C" in err

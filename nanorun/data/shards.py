@@ -160,6 +160,8 @@ class Manifest:
     tokenizer: dict[str, Any]
     """name, vocab_size, eot, and for `char` its chars."""
     shards: tuple[ShardEntry, ...]
+    revision: str | None = None
+    """Commit of the repository on the hub that it all came from; a manifest without one does not mention it."""
 
     def of_split(self, split: str) -> list[ShardEntry]:
         """Return the shards of one split, in order."""
@@ -185,7 +187,10 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
-        return {"format_version": MANIFEST_VERSION, **asdict(self)}
+        content = {"format_version": MANIFEST_VERSION, **asdict(self)}
+        if self.revision is None:
+            del content["revision"]
+        return content
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, whole or not at all."""
@@ -235,4 +240,11 @@ def _manifest_of(content: dict[str, Any]) -> Manifest:
             raise ValueError(f"{shard.file!r} is not a plain file name")
     tokenizer = dict(content["tokenizer"])
     int(tokenizer["vocab_size"])
-    return Manifest(str(content["corpus"]), str(content["source_sha256"]), tokenizer, shards)
+    revision = content.get("revision")
+    return Manifest(
+        str(content["corpus"]),
+        str(content["source_sha256"]),
+        tokenizer,
+        shards,
+        None if revision is None else str(revision),
+    )

@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+from typing_extensions import TypeIs
 
 from nanorun.data.shards import Manifest
 from nanorun.errors import UserError, nearest
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
+MOST_LISTED = 1000
+"""Lines kept about what was left out; a file may have millions of bad ones."""
 
 
 class LongText(NamedTuple):
@@ -91,11 +95,24 @@ class Reading:
     workers: int = 1
     scratch: Path = field(default_factory=Path)
     """A folder for temporary files; what is left in it is removed at the end."""
+    home: Path | None = None
+    """The folder that is being prepared, for what has to outlive an interruption; None where there is none yet."""
     report: Callable[[Step], None] = _silent
     skipped: list[str] = field(default_factory=list)
-    """One line for each thing left out under `skip_bad`."""
+    """One line for each thing left out under `skip_bad`, of the first `MOST_LISTED`."""
+    n_skipped: int = 0
+    """How many were left out in all."""
+    empty: int = 0
+    """Documents without text, passed over."""
     bytes_done: int = 0
     """Of the sizes of the inputs, how much has been read."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """What a corpus keeps from one call to the next: the files it found, standard input's copy."""
+
+    def restart(self) -> None:
+        """Forget what came of an earlier pass over the inputs."""
+        self.skipped.clear()
+        self.n_skipped = self.empty = self.bytes_done = 0
 
     def bad(self, where: str, found: str, mend: str) -> None:
         """Note something that cannot be read, or raise `UserError` unless `skip_bad`.
@@ -104,7 +121,9 @@ class Reading:
         """
         if not self.skip_bad:
             raise UserError(f"{where}: {found}; {mend}, or leave such things out with --skip-bad.")
-        self.skipped.append(f"{where}: {found}")
+        self.n_skipped += 1
+        if self.n_skipped <= MOST_LISTED:
+            self.skipped.append(f"{where}: {found}")
 
 
 class Source(Protocol):
@@ -115,6 +134,8 @@ class Source(Protocol):
     """One line for listings."""
     EMBEDDED: bool
     """The texts ship inside the package: no network, no `--input`."""
+    TAKES_INPUT: bool
+    """It is made from files that the user names."""
     DEFAULT_TOKENIZER: str
     SOURCE_SHA256: str | None
     """Of the texts, where it is known beforehand; None: the hash of the documents' hashes, in their order."""
@@ -132,6 +153,7 @@ class ReadySource(Protocol):
     NAME: str
     SUMMARY: str
     EMBEDDED: bool
+    TAKES_INPUT: bool
     DEFAULT_TOKENIZER: str
 
     def files(self, reading: Reading) -> list[InputFile]:
@@ -145,6 +167,11 @@ class ReadySource(Protocol):
 
         Can be interrupted at any point and called again; what is whole is not made again.
         """
+
+
+def is_ready(source: Source | ReadySource) -> TypeIs[ReadySource]:
+    """Return whether a corpus comes as shards."""
+    return hasattr(source, "make_ready")
 
 
 def source_names() -> list[str]:
@@ -164,6 +191,8 @@ def load_source(name: str) -> Source | ReadySource:
     module = import_module(f"{__name__}.{family}")
     if not colon and not hasattr(module, "NAME"):
         raise UserError(f"Corpus {name!r} is a family: expected {module.USAGE}.")
+    if colon and not hasattr(module, "named"):
+        raise UserError(f"There is no corpus {name!r}: {family!r} is one by itself; leave {colon + argument!r} out.")
     return cast("Source | ReadySource", module.named(argument) if colon else module)
 
 

@@ -13,6 +13,7 @@ from nanorun.data.sources import Document, InputFile, Reading, packed_file, read
 NAME = "shakespeare"
 SUMMARY = "tiny Shakespeare, 1.1 MB; the last tenth of the characters held out, as in nanoGPT"
 EMBEDDED = True
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = "char"
 
 PACKED_SHA256 = "c7c8b43dd8646838f2a6feffffdd80f8db46ea44a9bba1c6a2490154d2a64c90"

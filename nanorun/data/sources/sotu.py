@@ -22,6 +22,7 @@ from nanorun.data.sources import SPLITS, Document, InputFile, Reading, packed_fi
 NAME = "sotu"
 SUMMARY = "State of the Union addresses 1790-2026, 12 MB of English; whole addresses held out"
 EMBEDDED = True
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = "byte"
 
 PACKED_SHA256 = "57203e329c282b86a2bbe1c473b1600464e24bcbe531367f8d4fa996c578e467"

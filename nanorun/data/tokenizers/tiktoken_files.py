@@ -85,7 +85,7 @@ HOW_TO_GET_GPT2 = (
 
 def gpt2_vocabulary_status() -> tuple[bool, str]:
     """Return whether gpt2 works without a network, and a sentence about it; nothing is fetched or written."""
-    cache = _cache_folder()
+    cache = cache_folder()
     origins = [_local_copy(file, cache) for file in GPT2_FILES]
     if all(origins):
         return True, f"GPT-2's vocabulary is here ({origins[0]})"
@@ -110,7 +110,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     """Return tiktoken's encoding `name`, its files put in place first; `UserError` if it cannot be had."""
     import tiktoken
 
-    cache = _cache_folder()
+    cache = cache_folder()
     for file in FILES_OF.get(name, ()):
         _put_in_cache(name, file, cache)
     with environment("TIKTOKEN_CACHE_DIR", str(cache)):
@@ -123,7 +123,7 @@ def load_encoding(name: str) -> tiktoken.Encoding:
             ) from error
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the folder the user gave tiktoken, else one of ours: tiktoken's own is in /tmp and shared."""
     given = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     if given:
