@@ -83,9 +83,9 @@ def run_ours(path: Path, tokenizer: str) -> dict[str, float]:
 
 def run_tiktoken(path: Path) -> dict[str, float]:
     """Return seconds and tokens of tiktoken alone, on texts in memory."""
-    from nanorun.data.gpt2_vocabulary import load_encoding
+    from nanorun.data.tokenizers.tiktoken_files import load_encoding
 
-    encoding, batches, size = load_encoding(), [[]], 0
+    encoding, batches, size = load_encoding("gpt2"), [[]], 0
     for text in texts_of(path):
         batches[-1].append(text)
         size += len(text)
@@ -130,10 +130,10 @@ print(json.dumps({"seconds": time.perf_counter() - start, "tokens": total}))
 
 def run_nanogpt(path: Path, python: str) -> dict[str, float]:
     """Return seconds and tokens of nanoGPT's way, in a Python that has `datasets`."""
-    from nanorun.data import gpt2_vocabulary
+    from nanorun.data.tokenizers import tiktoken_files
 
-    gpt2_vocabulary.load_encoding()
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TIKTOKEN_CACHE_DIR": str(gpt2_vocabulary.cache_folder())}
+    tiktoken_files.load_encoding("gpt2")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TIKTOKEN_CACHE_DIR": str(tiktoken_files.cache_folder())}
     env.pop("PYTHONPATH", None)
     done = subprocess.run(
         [python, "-c", NANOGPT_WAY, str(path), str(path.parent)], env=env, capture_output=True, text=True

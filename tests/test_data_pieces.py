@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from nanorun.data.gpt2_vocabulary import load_encoding
 from nanorun.data.pieces import LONG_CHARS, PIECE_CHARS, cut, cut_stream
+from nanorun.data.tokenizers.tiktoken_files import load_encoding
 
 PIECE = 20
 # words, spaces of all kinds, scripts without spaces, contractions, digits, combining marks
@@ -87,7 +87,7 @@ LETTER = st.sampled_from("aZsS")
 
 @given(LEFT, LETTER, LETTER, LEFT)
 def test_gpt2_tokens_of_pieces_are_those_of_the_text(before, letter, next_letter, after):
-    encode = load_encoding().encode_ordinary
+    encode = load_encoding("gpt2").encode_ordinary
     left, right = before + letter, f" {next_letter}{after}"
     assert encode(left) + encode(right) == encode(left + right)
 
@@ -98,7 +98,7 @@ def test_gpt2_tokens_of_pieces_are_those_of_the_text(before, letter, next_letter
     )
 )
 def test_gpt2_tokens_of_a_text_cut_between_words_are_those_of_the_whole(parts):
-    encode = load_encoding().encode_ordinary
+    encode = load_encoding("gpt2").encode_ordinary
     text = " some words in between ".join(parts)
     assert [i for piece in cut(text, PIECE) for i in encode(piece)] == encode(text)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
 from nanorun.data.sources import LongText
 from nanorun.data.tokenizers import Tokenizer
 
-BPE_TRAIN_BYTES = 1_000_000_000
-"""Byte pairs are counted in the first so many bytes of the training split, which bounds their memory too."""
 N_CODE_POINTS = 0x110000
 
 
@@ -29,17 +27,9 @@ def characters(texts: Iterable[str | LongText]) -> str:
     return "".join(map(chr, np.flatnonzero(known).tolist()))
 
 
-def trained_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE of `vocab_size` entries, trained on the first gigabyte of `texts`."""
+def trained_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE of `vocab_size` entries, trained on the first of `texts`: see `train_bpe`."""
     from nanorun.data.bpe import train_bpe
     from nanorun.data.tokenizers import tokenizer_of_file
 
-    return tokenizer_of_file(train_bpe(_first(texts, BPE_TRAIN_BYTES), vocab_size), f"bpe{vocab_size}")
-
-
-def _first(texts: Iterator[str], n_bytes: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        n_bytes -= len(text.encode())
-        if n_bytes <= 0:
-            return
+    return tokenizer_of_file(train_bpe(texts, vocab_size), f"bpe{vocab_size}")
