@@ -8,6 +8,7 @@ in nanoGPT.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     eot: int | None
     """The id of the end-of-text token, or None where there is none."""
+    counts_bytes: bool
+    """Whether `bytes_of` is exact for any run of ids, not only for a whole document's."""
 
     def encode(self, text: str) -> Tokens:
         """Return the ids of `text` as ordinary text: nothing in it is special."""
@@ -53,6 +56,7 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     eot: int | None = 256
+    counts_bytes = True
 
     def encode(self, text: str) -> Tokens:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
@@ -77,6 +81,7 @@ class CharTokenizer:
 
     name = "char"
     eot: int | None = None
+    counts_bytes = True
 
     def __init__(self, chars: str) -> None:
         self.chars = "".join(sorted(set(chars)))
@@ -121,6 +126,7 @@ class Gpt2Tokenizer:
     name = "gpt2"
     vocab_size = 50257
     eot: int | None = 50256
+    counts_bytes = True
 
     def __init__(self) -> None:
         self._encoding = gpt2_vocabulary.load_encoding()
@@ -157,8 +163,8 @@ def make_tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     return CharTokenizer("".join(chars))
 
 
-def tokenizer_from_manifest(entry: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that a manifest's `tokenizer` entry describes."""
+def tokenizer_from_manifest(entry: dict[str, Any], folder: Path | None = None) -> Tokenizer:
+    """Return the tokenizer that a manifest's `tokenizer` entry describes; `folder` is where the manifest lies."""
     return make_tokenizer(str(entry.get("name")), [str(entry.get("chars", ""))])
 
 
