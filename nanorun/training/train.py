@@ -274,6 +274,7 @@ def _open_outputs(run: Run, stack: ExitStack) -> tuple[RunProgress, Callable[[di
 
 def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
     with run.clock.paused("setup"):
+        run.stepper.close()
         for sink in sinks:
             sink.close()
 
