@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,6 @@ def _corpus(run: Run) -> dict[str, Any]:
 def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """Return what was measured: losses, times, memory, and the weights it began and ended with."""
     outcome, steps = run.outcome, result["steps"]
-    bytes_per_token = run.validation_tokens.n_bytes / run.validation_tokens.n_tokens
     return {
         "n_parameters": run.model.n_parameters(),
         "initial_weights_sha256": result["initial_weights_sha256"],
@@ -77,7 +75,7 @@ def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         "validation": outcome.validation,
         "reached": outcome.reached,
         "final_val_loss": result["final_val_loss"],
-        "bits_per_byte": result["final_val_loss"] / math.log(2) / bytes_per_token,
+        "bits_per_byte": result["bits_per_byte"],
         "clock": {reason: round(seconds, 4) for reason, seconds in result["clock"].items()},
         "peak_memory_mib": round(machine.peak_memory_mib(run.device), 1),
         "resumed": outcome.resumed,

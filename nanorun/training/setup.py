@@ -20,6 +20,7 @@ from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, ro
 from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
+from nanorun.data.text_bytes import PredictedText, predicted_text
 from nanorun.errors import UserError
 from nanorun.files import new_folder, write_whole
 from nanorun.model import GPT
@@ -71,6 +72,8 @@ class Run:
     optimizers: OptimizerSet
     stepper: Stepper
     validation_tokens: TokenSet
+    predicted: PredictedText
+    """What each validation predicts."""
     console: Console
     outcome: Outcome = dataclasses.field(default_factory=Outcome)
     done: int = 0
@@ -103,6 +106,7 @@ def set_up(
         context_len=context_len,
         stride=config.validation.stride or context_len,
     )
+    predicted = _predicted(config, validation_tokens, folder, ranks)
     model = _new_model(config, manifest.vocab_size, device)
     optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
@@ -121,6 +125,7 @@ def set_up(
         optimizers,
         stepper,
         validation_tokens,
+        predicted,
         console,
     )
     run.bad_step = run.bad_step.to(device)
@@ -128,6 +133,13 @@ def set_up(
     run.outcome.code = _keep_code(run, resume is not None)
     _print_groups(run, tokens)
     return run
+
+
+def _predicted(config: RunConfig, validation_tokens: TokenSet, folder: Path, ranks: Ranks) -> PredictedText:
+    """Return what a validation predicts, counted by the rank alone that tells it."""
+    if not ranks.leads:
+        return PredictedText(0, 0, exact=False)
+    return predicted_text(validation_tokens, config.validation.tokens, folder)
 
 
 def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
