@@ -9,7 +9,7 @@ from typing import Any
 from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
 from nanorun.tables import to_toml
 from nanorun.training import machine
-from nanorun.training.setup import Run, read_patch
+from nanorun.training.setup import Run, mix_of, read_patch
 
 
 def write(run: Run, result: dict[str, Any]) -> Path:
@@ -46,15 +46,16 @@ def write(run: Run, result: dict[str, Any]) -> Path:
 
 
 def _corpus(run: Run) -> dict[str, Any]:
-    manifest = run.stepper.tokens.manifest
+    manifest, mix = run.validation_tokens.manifest, mix_of(run)
     assert manifest is not None
     return {
         "name": run.config.data.corpus,
         "tokenizer": run.config.data.tokenizer,
         "vocab_size": manifest.vocab_size,
         "manifest_sha256": manifest.sha256,
-        "train_tokens": run.stepper.tokens.n_tokens,
+        "train_tokens": manifest.n_tokens("train"),
         "val_tokens": run.validation_tokens.n_tokens,
+        **({"mix": mix} if mix else {}),
     }
 
 

@@ -30,6 +30,7 @@ from nanorun.training.setup import (
     Run,
     choices,
     choose_as_before,
+    mix_of,
     read_saved,
     restore,
     say,
@@ -197,13 +198,14 @@ def _raise_if_bad(run: Run, loss: float, grad_norm: float) -> None:
 
 
 def _save(run: Run) -> None:
-    manifest = run.stepper.tokens.manifest
+    manifest = run.validation_tokens.manifest
     state = {
         "step": run.done,
         "clock": run.clock.state_dict(),
         "outcome": dataclasses.asdict(run.outcome),
         "choices": choices(run),
         "corpus_sha256": manifest.sha256 if manifest else None,
+        "mix": mix_of(run),
         "tokenizer": manifest.tokenizer if manifest else None,
     }
     if run.ranks.leads:
