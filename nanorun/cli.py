@@ -151,6 +151,13 @@ def train(
         ),
     ] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on several corpora by weight, such as sotu:0.7,shakespeare:0.3 or ./data/novels:1; validated "
+            "on the track's corpus all the same. Does not count where the track fixes its corpus."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compile: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help="torch.compile.")] = None,
     checkpoint_activations: Annotated[
@@ -179,6 +186,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
+    from nanorun.config import mix_setting
     from nanorun.training.run import resume_run, train_seeds
 
     console = _console(as_json)
@@ -193,6 +201,7 @@ def train(
     options = {**places, **behaviour}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
+    changes += [] if mix is None else [mix_setting(mix)]
     try:
         if resume is not None:
             results = [resume_run(resume, console, _given_anew(context, options))]
