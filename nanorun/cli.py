@@ -60,7 +60,8 @@ def prepare_data(
         ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="Of the inputs, where their names do not tell: plain, jsonl, csv, parquet.")
+        str | None,
+        typer.Option(help="Of the inputs, where their names do not tell: plain, jsonl, csv, parquet."),
     ] = None,
     column: Annotated[
         str | None, typer.Option(help="The key or column that holds the text; text without it.")
@@ -82,20 +83,23 @@ def prepare_data(
         int | None, typer.Option(min=1, help="How many training shards of FineWeb; 9 without it.")
     ] = None,
     include: Annotated[
-        str | None, typer.Option(help="A glob over the files of a dataset on the hub, such as 'sample/10BT/*'.")
+        str | None,
+        typer.Option(help="A glob over the files of a dataset on the hub, such as 'sample/10BT/*'."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="A commit of the repository on the hub.")] = None,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep exact copies of documents; they go to one split.")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and list it, instead of ending.")
+        bool,
+        typer.Option("--skip-bad", help="Leave out what cannot be read, and list it, instead of ending."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the shards.")] = None,
     data: DataDir = Path("data"),
     workers: Annotated[int, typer.Option(min=0, help="Threads that tokenize; 0: one for each core.")] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be read or fetched and how large it is, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be read or fetched and how large it is, and stop."),
     ] = False,
     check: Annotated[
         Path | None,

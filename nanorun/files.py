@@ -92,7 +92,9 @@ def _try_lock(path: Path) -> int | None:
         pass  # it was removed between opening and locking
     except OSError as error:
         os.close(descriptor)
-        raise UserError(f"{path}: this disk keeps no locks ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"{path}: this disk keeps no locks ({error.strerror}); choose another folder"
+        ) from None
     os.close(descriptor)
     return None
 

@@ -94,14 +94,12 @@ def run_tiktoken(path: Path) -> dict[str, float]:
             size = 0
     start = time.perf_counter()
     tokens = sum(
-        len(ids)
-        for batch in batches
-        for ids in encoding.encode_ordinary_batch(batch, num_threads=THREADS)
+        len(ids) for batch in batches for ids in encoding.encode_ordinary_batch(batch, num_threads=THREADS)
     )
     return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-NANOGPT_WAY = '''
+NANOGPT_WAY = """
 import json, sys, tempfile, time
 import numpy as np, tiktoken
 from datasets import Dataset, disable_caching, disable_progress_bars
@@ -125,7 +123,7 @@ with tempfile.NamedTemporaryFile(dir=sys.argv[2]) as out:
         at += len(ids)
     array.flush()
 print(json.dumps({"seconds": time.perf_counter() - start, "tokens": total}))
-'''
+"""
 
 
 def run_nanogpt(path: Path, python: str) -> dict[str, float]:
@@ -224,8 +222,12 @@ def main() -> None:
     parser.add_argument("--mb", type=float, nargs="+", help="MB of text (sizes: several)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizer", default="byte", help="of sizes")
-    parser.add_argument("--datasets", metavar="PYTHON", help="a Python with the packages datasets and tiktoken")
-    parser.add_argument("--folder", type=Path, help="where the texts and shards lie; a temporary folder without it")
+    parser.add_argument(
+        "--datasets", metavar="PYTHON", help="a Python with the packages datasets and tiktoken"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the texts and shards lie; a temporary folder without it"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file as well")
     asked = parser.parse_args()
     asked.mb = asked.mb or ([100.0] if asked.what == "rates" else [100.0, 250.0, 500.0, 1000.0, 2000.0])

@@ -348,7 +348,9 @@ def test_an_unfinished_preparation_of_another_kind_is_not_overwritten(texts, out
     _small(monkeypatch)
     with pytest.raises(Stopped):
         _prepare(texts, out, report=_interrupt_at(9))
-    with pytest.raises(UserError, match=r"unfinished preparation of another kind \(corpus text, tokenizer byte\)"):
+    with pytest.raises(
+        UserError, match=r"unfinished preparation of another kind \(corpus text, tokenizer byte\)"
+    ):
         _prepare(texts, out, tokenizer="gpt2")
     assert _prepare(texts, out).resumed_at > 0
 

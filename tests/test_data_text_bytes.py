@@ -13,9 +13,9 @@ from corpora_samples import BYTE, a_corpus, a_manifest
 from nanorun.config import ModelConfig
 from nanorun.data import text_bytes
 from nanorun.data.batches import token_set
-from nanorun.data.gpt2_vocabulary import gpt2_vocabulary_status
 from nanorun.data.text_bytes import predicted_text
 from nanorun.data.tokenizers import make_tokenizer
+from nanorun.data.tokenizers.tiktoken_files import gpt2_vocabulary_status
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.training.distributed import Ranks

@@ -20,7 +20,9 @@ def _run(*words):
 
 @pytest.mark.slow
 def test_rates_are_of_the_same_tokens(tmp_path):
-    found = _run("rates", "--mb", "0.3", "--rounds", "1", "--folder", tmp_path, "--json", tmp_path / "out.json")
+    found = _run(
+        "rates", "--mb", "0.3", "--rounds", "1", "--folder", tmp_path, "--json", tmp_path / "out.json"
+    )
     assert json.loads((tmp_path / "out.json").read_text()) == found
     counts = {way: rounds[0]["tokens"] for way, rounds in found["rounds"].items()}
     n_documents = counts["gpt2"] - counts["tiktoken"]  # an end of text before each

@@ -139,7 +139,9 @@ class Pass:
             self._greatest = max(self._greatest, *digests)
             self._least = min(self._least or digests[0], *digests)
 
-    def _splits(self, batch: list[Document], digests: list[bytes], keys: npt.NDArray[np.uint64]) -> list[Split]:
+    def _splits(
+        self, batch: list[Document], digests: list[bytes], keys: npt.NDArray[np.uint64]
+    ) -> list[Split]:
         held_out: list[Split] = ["val" if one else "train" for one in (keys % HELD_OUT_EVERY == 0).tolist()]
         found = [document.split or split for document, split in zip(batch, held_out)]
         for split, digest in (("val", self._rule.val), ("train", self._rule.train)):

@@ -21,8 +21,26 @@ from typing import Any, cast
 
 from nanorun.data.journal import Journal, Progress
 from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
-from nanorun.data.shards import MANIFEST_NAME, Manifest, ShardEntry, cannot_write, load_manifest, replacing, sha256_of
-from nanorun.data.sources import SPLITS, Document, InputFile, ReadySource, Reading, Source, Step, is_ready, load_source
+from nanorun.data.shards import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    cannot_write,
+    load_manifest,
+    replacing,
+    sha256_of,
+)
+from nanorun.data.sources import (
+    SPLITS,
+    Document,
+    InputFile,
+    Reading,
+    ReadySource,
+    Source,
+    Step,
+    is_ready,
+    load_source,
+)
 from nanorun.data.space import refuse_if_full
 from nanorun.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_manifest, tokenizer_name
 from nanorun.data.vocabularies import characters, trained_bpe
@@ -128,9 +146,10 @@ def make_request(
         workers=min(workers or cores, cores),
         scratch=out / SCRATCH,
         home=out,
-        **({"report": report} if report else {}),
         **reading,
     )
+    if report is not None:
+        filled.report = report
     spec = tokenizer or source.DEFAULT_TOKENIZER
     name = f"bpe{train_bpe}" if train_bpe else tokenizer_name(spec)
     return Request(corpus, out, tokenizer, name, source, filled, keep_duplicates, train_bpe)
@@ -186,7 +205,9 @@ def _make(request: Request) -> Prepared:
             raise
         raise Stopped(f"stopped. {stays}") from None
     except UserError as error:
-        raise UserError(f"{error} {'' if is_ready(request.source) else _what_stays(request)}".rstrip()) from error
+        raise UserError(
+            f"{error} {'' if is_ready(request.source) else _what_stays(request)}".rstrip()
+        ) from error
     except OSError as error:
         raise cannot_write(out, error) from error
     Journal(out).remove()
@@ -201,9 +222,7 @@ def _what_stays(request: Request) -> str:
     progress = Journal(request.out).read()
     if progress is None or not progress.has_begun:
         return ""
-    return (
-        f"{progress.documents:,} documents are done and stay in {request.out}: the same command goes on from there."
-    )
+    return f"{progress.documents:,} documents are done and stay in {request.out}: the same command goes on from there."
 
 
 class _Tokenizing:
@@ -265,7 +284,9 @@ class _Tokenizing:
             return None
         wanted = self._request.as_kept()
         if {key: progress.request.get(key) for key in wanted} != wanted and progress.has_begun:
-            kept = ", ".join(f"{key} {value}" for key, value in progress.request.items() if value and key != "files")
+            kept = ", ".join(
+                f"{key} {value}" for key, value in progress.request.items() if value and key != "files"
+            )
             raise UserError(
                 f"{self._out} holds an unfinished preparation of another kind ({kept}); run that command again to "
                 "finish it, choose another --out, or delete that folder."
@@ -366,7 +387,9 @@ class _Tokenizing:
         finished: another pass follows.
         """
         try:
-            writers = {split: SplitWriter(self._out, self._stem, tokenizer, progress, split) for split in SPLITS}
+            writers = {
+                split: SplitWriter(self._out, self._stem, tokenizer, progress, split) for split in SPLITS
+            }
         except (OSError, ValueError):
             return None
         workers = self._reading.workers
@@ -377,7 +400,11 @@ class _Tokenizing:
             try:
                 for chunk in reader.chunks(pause_at=known):
                     if reader.documents <= known:
-                        if chunk.mark and chunk.mark.documents == known and chunk.mark.sha256 != progress.sha256:
+                        if (
+                            chunk.mark
+                            and chunk.mark.documents == known
+                            and chunk.mark.sha256 != progress.sha256
+                        ):
                             return None
                         self._tell("read again", "what is done already")
                         continue
@@ -401,7 +428,9 @@ class _Tokenizing:
         progress = self._journal.read()
         assert progress is not None
         found = {(entry.split, entry.file): entry for entry in progress.shards}
-        return tuple(found[key] for key in sorted(found, key=lambda key: (SPLITS.index(cast(Any, key[0])), key[1])))
+        return tuple(
+            found[key] for key in sorted(found, key=lambda key: (SPLITS.index(cast(Any, key[0])), key[1]))
+        )
 
     def _telling(self, stage: str, pieces: list[Any]) -> list[Any]:
         self._tell(stage)

@@ -42,7 +42,11 @@ def _summary_lines(done: Prepared) -> Iterator[str]:
         yield f"went on after {done.resumed_at:,} documents that were done before"
     verb = "already prepared"
     if done.wrote:
-        verb = f"prepared at {short_count(done.tokens_per_second)} tokens/s" if done.tokens_per_second else "prepared"
+        verb = (
+            f"prepared at {short_count(done.tokens_per_second)} tokens/s"
+            if done.tokens_per_second
+            else "prepared"
+        )
     yield (
         f"{done.out}: {manifest.corpus} in {manifest.tokenizer['name']} tokens, {manifest.n_tokens('train'):,} to train "
         f"on and {manifest.n_tokens('val'):,} to validate on, {verb}"
@@ -90,10 +94,16 @@ def _plan(request: Request, console: Console) -> dict[str, Any]:
     size = sum(file.size for file in files)
     has_manifest = (request.out / "manifest.json").exists()
     lines = [f"{request.corpus}: {len(files):,} files, {human_bytes(size)}"]
-    lines += [f"  {file.name!a:.100}  {human_bytes(file.size)}".replace("'", "") for file in files[:SHOWN_FILES]]
+    lines += [
+        f"  {file.name!a:.100}  {human_bytes(file.size)}".replace("'", "") for file in files[:SHOWN_FILES]
+    ]
     lines += [f"  and {len(files) - SHOWN_FILES:,} more"] if len(files) > SHOWN_FILES else []
     if left_out := getattr(request.source, "left_out", None):
-        lines += [f"  {len(others):,} files of other splits left out"] if (others := left_out(request.reading)) else []
+        lines += (
+            [f"  {len(others):,} files of other splits left out"]
+            if (others := left_out(request.reading))
+            else []
+        )
     about = "" if ready else f"about {human_bytes(need.text_bytes)} of text, "
     lines += [
         f"would become {about}about {short_count(need.tokens)} {request.tokenizer_name} tokens in {request.out}"

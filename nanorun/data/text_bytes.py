@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorun.data.batches import TokenSet
-from nanorun.data.gpt2_vocabulary import gpt2_vocabulary_status
 from nanorun.data.shards import Manifest
 from nanorun.data.tokenizers import Tokenizer, tokenizer_from_manifest
+from nanorun.data.tokenizers.tiktoken_files import gpt2_vocabulary_status
 from nanorun.errors import UserError
 
 TOKENS_AT_ONCE = 1_000_000

@@ -192,7 +192,9 @@ def load_source(name: str) -> Source | ReadySource:
     if not colon and not hasattr(module, "NAME"):
         raise UserError(f"Corpus {name!r} is a family: expected {module.USAGE}.")
     if colon and not hasattr(module, "named"):
-        raise UserError(f"There is no corpus {name!r}: {family!r} is one by itself; leave {colon + argument!r} out.")
+        raise UserError(
+            f"There is no corpus {name!r}: {family!r} is one by itself; leave {colon + argument!r} out."
+        )
     return cast("Source | ReadySource", module.named(argument) if colon else module)
 
 
