@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanorun.data.journal import Journal, Progress
-from nanorun.data.passes import Pass, Rule
+from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
 from nanorun.data.shards import MANIFEST_NAME, Manifest, ShardEntry, cannot_write, load_manifest, replacing, sha256_of
 from nanorun.data.sources import SPLITS, Document, InputFile, ReadySource, Reading, Source, Step, is_ready, load_source
 from nanorun.data.space import refuse_if_full
@@ -322,8 +322,11 @@ class _Tokenizing:
         return make_tokenizer("char", [counted]), None
 
     def _documents(self, stage: str) -> Iterator[Document]:
+        told = 0
         for document in self._source.documents(self._reading):
-            self._tell(stage)
+            if self._reading.bytes_done - told > CHUNK_BYTES:
+                told = self._reading.bytes_done
+                self._tell(stage)
             yield document
 
     def _trained(self, vocab_size: int) -> tuple[Tokenizer, Rule]:
