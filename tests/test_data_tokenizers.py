@@ -556,6 +556,24 @@ def test_bytes_of_metaspaces_and_byte_tokens_are_counted_as_what_they_seem():
     assert tokenizer.bytes_of(ids) == len("a aé".encode())
 
 
+def test_a_long_text_goes_to_the_library_in_pieces_with_the_same_ids(monkeypatch):
+    tokenizer = of_kind("by the library")
+    text = "abc ab aabc Größe 12 <x> " * 40
+    whole = tokenizer.encode_pieces([text, "", "a"], [True] * 3)
+    longest = []
+    ids = json_file.LibraryCodec._ids
+    monkeypatch.setattr(json_file, "PIECE_CHARS", 50)
+    monkeypatch.setattr(
+        json_file.LibraryCodec,
+        "_ids",
+        lambda self, texts: longest.append(max(map(len, texts))) or ids(self, texts),
+    )
+    pieces = tokenizer.encode_pieces([text, "", "a"], [True] * 3)
+    assert max(longest) <= 100
+    assert pieces.tokens.tolist() == whole.tokens.tolist()
+    assert pieces.starts.tolist() == whole.starts.tolist()
+
+
 def test_a_text_that_a_tokenizer_json_has_no_word_for_is_named():
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
     tokenizer = of_json({**a_tokenizer_json(special=()), "model": model})

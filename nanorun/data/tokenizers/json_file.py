@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from nanorun.data.pieces import cut
 from nanorun.data.shards import Tokens, token_dtype
 from nanorun.data.tokenizers.base import Encoded, concatenated, sum_at, surrogate_error
 from nanorun.data.tokenizers.merges import TiktokenTokenizer, byte_of_char, gpt2_like_encoding, is_panic
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 FILE_NAME = "tokenizer.json"
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """What ends a text in the vocabularies of GPT-2, Llama 3, Llama 2, Gemma and BERT; the first that is there counts."""
+PIECE_CHARS = 1_000_000
+"""A text of more than twice as many characters goes to the package in pieces: it takes some 100 bytes for each."""
 KEEPING_STEPS = ("Split", "Digits", "Punctuation")
 """Pre-tokenizers that cut a text and keep all of it, unless they are told to remove what they cut at."""
 
@@ -105,8 +108,17 @@ class LibraryCodec:
         return self.encode_pieces([text], [False]).tokens
 
     def encode_pieces(self, texts: Sequence[str], begins: Sequence[bool]) -> Encoded:
+        if all(len(text) <= 2 * PIECE_CHARS for text in texts):
+            ids: Sequence[Sequence[int]] = self._ids(texts)
+        else:
+            ids = [[i for piece in cut(text, PIECE_CHARS) for i in self._ids([piece])[0]] for text in texts]
+        return concatenated(ids, begins, self.eot, self._dtype)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [
+                found.ids for found in self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
@@ -115,7 +127,6 @@ class LibraryCodec:
             raise UserError(
                 f"The package tokenizers cannot encode a text with this {FILE_NAME}: {error}."
             ) from error
-        return concatenated([encoding.ids for encoding in found], begins, self.eot, self._dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._library.decode([int(i) for i in ids], skip_special_tokens=False))
