@@ -120,7 +120,7 @@ def that_would_be_fetched(tokens, monkeypatch):
     def fetching(*_):
         raise AssertionError("a run fetches nothing")
 
-    monkeypatch.setattr(text_bytes, "gpt2_vocabulary_status", lambda: (False, "not here"))
+    monkeypatch.setattr(text_bytes, "is_at_hand", lambda name: False)
     monkeypatch.setattr(text_bytes, "tokenizer_from_manifest", fetching)
     return replace(tokens, manifest=a_manifest("texts", {**BYTE, "name": "gpt2"}))
 

@@ -42,7 +42,13 @@ from nanorun.data.sources import (
     load_source,
 )
 from nanorun.data.space import refuse_if_full
-from nanorun.data.tokenizers import Tokenizer, make_tokenizer, tokenizer_from_manifest, tokenizer_name
+from nanorun.data.tokenizers import (
+    Tokenizer,
+    make_tokenizer,
+    prepare_option,
+    tokenizer_from_manifest,
+    tokenizer_name,
+)
 from nanorun.data.vocabularies import characters, trained_bpe
 from nanorun.data.writing import PARTIAL, SplitWriter, Writer, encode_chunk, finish_name
 from nanorun.errors import Stopped, UserError
@@ -110,6 +116,12 @@ def default_out(corpus: str, tokenizer: str | None = None, root: Path = Path("da
     return root / (stem if tokenizer in (None, default) else f"{stem}-{file_stem(str(tokenizer))}")
 
 
+def prepare_command(corpus: str, tokenizer: str) -> str:
+    """Return the command that prepares `corpus` in tokens that a manifest calls `tokenizer`."""
+    inputs = " --input PATH" if load_source(corpus).TAKES_INPUT else ""
+    return f"nanorun prepare-data {corpus}{inputs} {prepare_option(tokenizer)}"
+
+
 def file_stem(name: str) -> str:
     """Return a corpus' or tokenizer's name as files and folders carry it: `OWNER--NAME` for `hub:OWNER/NAME`."""
     return name.removeprefix("hub:").replace("/", "--")
@@ -173,6 +185,7 @@ def carry_out(request: Request) -> Prepared:
         with locked(request.out, on_wait=_say_who_holds(request.reading)):
             found = _already_there(request)
             if found:
+                _tidy(request, found)
                 return Prepared(request.out, found, False, time.perf_counter() - started, 0.0)
             try:
                 done = _make(request)
@@ -189,6 +202,7 @@ def _make(request: Request) -> Prepared:
     """Make the shards and the manifest; UserErrors and Ctrl-C say what stays."""
     out = request.out
     try:
+        _remove_leftovers(out)
         request.reading.scratch.mkdir(exist_ok=True)
         if is_ready(request.source):
             manifest = request.source.make_ready(out, request.reading, request.tokenizer)
@@ -519,6 +533,21 @@ def _keep_inputs(request: Request, manifest: Manifest) -> None:
     kept = {**request.as_kept(), "manifest": manifest.sha256, "files": _listing(files)}
     with replacing(request.out / INPUTS_NAME) as file:
         file.write(json.dumps(kept).encode())
+
+
+def _tidy(request: Request, manifest: Manifest) -> None:
+    """Do what a run has left undone that was killed after it had written the manifest."""
+    _remove_leftovers(request.out)
+    Journal(request.out).remove()
+    if _kept_inputs(request.out).get("manifest") != manifest.sha256:
+        _keep_inputs(request, manifest)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete the temporary files of runs that were killed; the folder is locked, so no other run has any here."""
+    for pattern in ("*.json.*.tmp", "*.bin.*.tmp"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _kept_inputs(out: Path) -> dict[str, Any]:

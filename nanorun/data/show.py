@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from nanorun.data.prepare import Prepared, Request, carry_out, default_out, make_request, short_count
 from nanorun.data.sources import Step, is_ready
 from nanorun.data.space import free_bytes, human_bytes, needed
+from nanorun.data.tokenizers import tokenizer_name
 from nanorun.tracks import DEFAULT_TRACK, load_track, track_names
 
 SHOWN_SKIPS = 20
@@ -25,8 +26,7 @@ def prepare_and_show(
 ) -> dict[str, Any]:
     """Prepare a corpus under a progress bar; return the summary that `--json` prints. The rest as `make_request`."""
     with _bars(console) as report:
-        name = f"bpe{options['train_bpe']}" if options.get("train_bpe") else options.get("tokenizer")
-        folder = out or default_out(corpus, name, root=root)
+        folder = out or default_out(corpus, _tokenizer_of(options), root=root)
         request = make_request(corpus, out=folder, report=report, **options)
         if dry_run:
             return _plan(request, console)
@@ -34,6 +34,13 @@ def prepare_and_show(
     next_one = next_command(corpus, done.manifest.tokenizer["name"], root, out)
     _say(console, [*_summary_lines(done), f"next: {next_one}"])
     return _summary(done)
+
+
+def _tokenizer_of(options: dict[str, Any]) -> str | None:
+    """Return the name of the tokenizer that is asked for, or None."""
+    if options.get("train_bpe"):
+        return f"bpe{options['train_bpe']}"
+    return tokenizer_name(options["tokenizer"]) if options.get("tokenizer") else None
 
 
 def _summary_lines(done: Prepared) -> Iterator[str]:
@@ -48,8 +55,8 @@ def _summary_lines(done: Prepared) -> Iterator[str]:
             else "prepared"
         )
     yield (
-        f"{done.out}: {manifest.corpus} in {manifest.tokenizer['name']} tokens, {manifest.n_tokens('train'):,} to train "
-        f"on and {manifest.n_tokens('val'):,} to validate on, {verb}"
+        f"{done.out}: {manifest.corpus} in {manifest.tokenizer['name']} tokens, {manifest.n_tokens('train'):,} to "
+        f"train on and {manifest.n_tokens('val'):,} to validate on, {verb}"
     )
     if done.duplicates:
         yield f"{done.duplicates:,} exact copies of documents left out (--keep-duplicates keeps them)"

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanorun.data.batches import TokenSet
 from nanorun.data.shards import Manifest
 from nanorun.data.tokenizers import Tokenizer, tokenizer_from_manifest
-from nanorun.data.tokenizers.tiktoken_files import gpt2_vocabulary_status
+from nanorun.data.tokenizers.tiktoken_files import is_at_hand
 from nanorun.errors import UserError
 
 TOKENS_AT_ONCE = 1_000_000
@@ -64,4 +64,4 @@ def _tokenizer_at_hand(manifest: Manifest | None, folder: Path) -> Tokenizer | N
 
 
 def _would_be_fetched(tokenizer: str) -> bool:
-    return tokenizer == "gpt2" and not gpt2_vocabulary_status()[0]
+    return not is_at_hand(tokenizer)

@@ -84,7 +84,8 @@ class SplitWriter:
     def _take_up(self) -> None:
         """Cut the half-filled shard back to what the journal knows of it."""
         size = HEADER_BYTES + self.at.tokens * self._dtype.itemsize
-        self._file = open(self._partial, "r+b")
+        # Closed by `fill` or `close`.
+        self._file = open(self._partial, "r+b")  # noqa: SIM115
         if os.fstat(self._file.fileno()).st_size < size:
             raise ValueError(f"{self._partial} is shorter than the journal says")
         self._file.truncate(size)
@@ -113,7 +114,7 @@ class SplitWriter:
         if self._path.name in self._is_finished:
             return
         if self._file is None:
-            self._file = open(self._partial, "wb")
+            self._file = open(self._partial, "wb")  # noqa: SIM115
             self._file.write(bytes(HEADER_BYTES))
         self._file.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
 

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig, make_config
-from nanorun.data.prepare import default_out
+from nanorun.data.prepare import default_out, prepare_command
 from nanorun.data.shards import load_manifest
 from nanorun.data.sources import source_names
 from nanorun.data.tokenizers import check_tokenizer_name
@@ -246,9 +246,8 @@ def _data_of(record: Record, root: Path) -> Path:
                 f"this version of nanorun cannot prepare {short(wanted.name)!r}; name its folder with --data"
             )
         else:
-            inputs = " --input PATH" if wanted.name == "text" else ""
             place = "" if root == Path("data") else f" --data {root}"
-            mend = f"make it with: nanorun prepare-data {wanted.name} --tokenizer {wanted.tokenizer}{inputs}{place}"
+            mend = f"make it with: {prepare_command(wanted.name, wanted.tokenizer)}{place}"
         raise UserError(
             f"{folder}: no prepared corpus here, and the record needs {short(wanted.name)!r}; {mend}"
         )
@@ -298,7 +297,7 @@ def _with_its_mix(config: RunConfig, record: Record, root: Path, data: Path) -> 
         if part.manifest_sha256 not in folders:
             tokenizer = config.data.tokenizer
             mend = (
-                f"make it with: nanorun prepare-data {part.name} --tokenizer {tokenizer}"
+                f"make it with: {prepare_command(part.name, tokenizer)}"
                 if _is_known(part.name)
                 else "copy it there"
             )

@@ -18,7 +18,7 @@ from rich.table import Table
 from nanorun.config import RunConfig, check_fixed
 from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
 from nanorun.data.mix import Mix, make_mix
-from nanorun.data.prepare import default_out, prepare
+from nanorun.data.prepare import default_out, prepare, prepare_command
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.data.text_bytes import PredictedText, predicted_text
@@ -227,10 +227,9 @@ def _mix_folder(name: str, config: RunConfig, options: Options, folder: Path) ->
 def _prepare_if_embedded(corpus: str, tokenizer: str, folder: Path, console: Console, ranks: Ranks) -> None:
     if not (folder / "manifest.json").exists():
         source = load_source(corpus)
-        command = f"nanorun prepare-data {corpus} --tokenizer {tokenizer}"
+        command = prepare_command(corpus, tokenizer)
         if not source.EMBEDDED:
-            inputs = " --input PATH" if corpus == "text" else ""
-            raise UserError(f"{folder}: no prepared data of {corpus!r} here; make it with: {command}{inputs}")
+            raise UserError(f"{folder}: no prepared data of {corpus!r} here; make it with: {command}")
         say(console, f"{folder} is not there yet: preparing the embedded corpus {corpus!r} first ({command})")
         if ranks.leads:
             prepare(corpus, out=folder, tokenizer=tokenizer)

@@ -60,8 +60,6 @@ class _Rows:
     """The rows of a file, and the line on which the last one began. Those that break the rules are bad."""
 
     def __init__(self, file: FileInput) -> None:
-        # for the whole process, and only ever upwards
-        csv.field_size_limit(max(csv.field_size_limit(), MOST_FIELD_CHARS))
         self.line = 0
         self._file = file
         self._lines = _strings(file)
@@ -73,7 +71,7 @@ class _Rows:
         """Return the first row that is not blank, or None."""
         while True:
             try:
-                row = next(self._reader)
+                row = self._read()
             except StopIteration:
                 return None
             except csv.Error as error:
@@ -88,7 +86,7 @@ class _Rows:
         while True:
             self.line = self._n_before + self._reader.line_num + 1
             try:
-                row = next(self._reader)
+                row = self._read()
             except StopIteration:
                 return None
             except csv.Error as error:
@@ -100,6 +98,14 @@ class _Rows:
                 self._n_before += self._reader.line_num
                 self._begin()
             return row
+
+    def _read(self) -> list[str]:
+        # The limit is the whole process': others keep theirs.
+        before = csv.field_size_limit(MOST_FIELD_CHARS)
+        try:
+            return next(self._reader)
+        finally:
+            csv.field_size_limit(before)
 
     def _begin(self) -> None:
         self._reader = csv.reader(self._lines, delimiter=self._delimiter, strict=True)

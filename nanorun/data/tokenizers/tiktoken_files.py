@@ -92,6 +92,12 @@ def gpt2_vocabulary_status() -> tuple[bool, str]:
     return False, f"GPT-2's vocabulary would be downloaded on first use; without a network: {HOW_TO_GET_GPT2}"
 
 
+def is_at_hand(name: str) -> bool:
+    """Return whether the files that an encoding reads are on this machine; true of names not tiktoken's own."""
+    cache = cache_folder()
+    return all(_local_copy(file, cache) for file in FILES_OF.get(name, ()))
+
+
 def encoding_names() -> list[str]:
     """Return the names of tiktoken's encodings and of its plugins', sorted; `UserError` where a plugin is broken."""
     import tiktoken
