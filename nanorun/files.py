@@ -74,6 +74,8 @@ def locked(
 def _try_lock(path: Path) -> int | None:
     """Return the descriptor of a lock file that is ours now, or None where another process has it."""
     try:
+        # Whoever held it before may have removed an empty folder.
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(

@@ -93,8 +93,7 @@ def test_a_folder_that_is_free_again_is_held_without_waiting(tmp_path):
 
 
 def test_a_lock_that_cannot_be_made_is_a_users_error(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"gone/\.lock: cannot be written"),
-        locked(tmp_path / "gone", on_wait=print),
-    ):
+    folder = tmp_path / "file"
+    folder.write_text("")
+    with pytest.raises(UserError, match=r"file/\.lock: cannot be written"), locked(folder, on_wait=print):
         pass

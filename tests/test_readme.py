@@ -1,5 +1,6 @@
 """Every command of the README runs here, or in CI, which runs the make targets."""
 
+import json
 import lzma
 import os
 import re
@@ -50,7 +51,7 @@ def _write_others(folder):
 def hub():
     """A hub on loopback with the datasets that the README names."""
     server = HubServer()
-    rows = "".join('{"text": "%s"}\n' % f"Row {i} of a dataset on the hub." for i in range(60))
+    rows = "".join(json.dumps({"text": f"Row {i} of a dataset on the hub."}) + "\n" for i in range(60))
     server.add("OWNER/NAME", {"data/train.jsonl": rows.encode()}, commit="a" * 40)
     shards = {f"fineweb_{name}.bin": bytes(2048) for name in ("val_000000", "train_000001")}
     server.add(CORPUS.repository, shards, commit=CORPUS.pinned)
@@ -85,7 +86,12 @@ def test_every_nanorun_command_of_the_readme_runs(tmp_path, hub):
         done = subprocess.run(
             [sys.executable, "-m", "nanorun", *words],
             cwd=tmp_path,
-            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"},
+            env={
+                **os.environ,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "NO_PROXY": "127.0.0.1",
+            },
             capture_output=True,
             text=True,
             timeout=200,

@@ -108,7 +108,9 @@ def _after(progress: Progress | None, entry: Any) -> Progress:
             raise ValueError("another version")
         return Progress(dict(entry["request"]), dict(entry["rule"]), entry["tokenizer"])
     if "shard" in entry:
-        progress.shards.append(ShardEntry(**entry["shard"]))
+        shard = ShardEntry(**entry["shard"])
+        # One that had to be made again is told of twice.
+        progress.shards = [*(one for one in progress.shards if one.file != shard.file), shard]
     else:
         positions = {split: Position(**entry["at"][split]) for split in ("train", "val")}
         progress.documents, progress.sha256 = int(entry["documents"]), str(entry["sha256"])

@@ -145,8 +145,9 @@ class Pass:
         held_out: list[Split] = ["val" if one else "train" for one in (keys % HELD_OUT_EVERY == 0).tolist()]
         found = [document.split or split for document, split in zip(batch, held_out)]
         for split, digest in (("val", self._rule.val), ("train", self._rule.train)):
-            if digest and bytes.fromhex(digest) in digests:
-                found[digests.index(bytes.fromhex(digest))] = cast(Split, split)
+            if digest and (wanted := bytes.fromhex(digest)) in digests:
+                # All copies, where copies are kept: none stands on both sides.
+                found = [cast(Split, split) if one == wanted else now for one, now in zip(digests, found)]
         return found
 
     def _of_long(self, document: Document, split: Split) -> Iterator[Piece]:

@@ -297,7 +297,10 @@ class _Tokenizing:
         if progress is None:
             return None
         wanted = self._request.as_kept()
-        if {key: progress.request.get(key) for key in wanted} != wanted and progress.has_begun:
+        is_other = {key: progress.request.get(key) for key in wanted} != wanted
+        if is_other and not progress.has_begun:
+            return None
+        if is_other:
             kept = ", ".join(
                 f"{key} {value}" for key, value in progress.request.items() if value and key != "files"
             )
@@ -305,11 +308,27 @@ class _Tokenizing:
                 f"{self._out} holds an unfinished preparation of another kind ({kept}); run that command again to "
                 "finish it, choose another --out, or delete that folder."
             )
-        # What was made of all inputs together does not outlive a change of one.
-        depends_on_all = progress.rule != asdict(Rule()) or self._vocabulary_is_of_corpus()
-        if depends_on_all and not _is_same(progress.request.get("files"), _listing(self._files)):
-            return None
+        if not _is_same(progress.request.get("files"), _listing(self._files)):
+            # What was made of all inputs together does not outlive a change of one, and what was finished after the
+            # last mark may hold what is no longer there, or end where there is more now.
+            if progress.rule != asdict(Rule()) or self._vocabulary_is_of_corpus():
+                return None
+            self._take_back(progress)
         return progress if self._shards_are_whole(progress) else None
+
+    def _take_back(self, progress: Progress) -> None:
+        """Make partial shards again of those that were finished after the last mark."""
+        certain = [
+            entry for entry in progress.shards if self._number(entry) < progress.positions[entry.split].shard
+        ]
+        for entry in progress.shards:
+            path = self._out / entry.file
+            if entry not in certain and path.exists():
+                os.replace(path, path.with_name(path.name + PARTIAL))
+        progress.shards = certain
+
+    def _number(self, entry: ShardEntry) -> int:
+        return int(entry.file.removesuffix(".bin").rpartition("_")[2])
 
     def _vocabulary_is_of_corpus(self) -> bool:
         return self._request.train_bpe is not None or self._request.tokenizer_name == "char"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ def prepare_and_show(
     corpus: str, *, out: Path | None, root: Path, console: Console, dry_run: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Prepare a corpus under a progress bar; return the summary that `--json` prints. The rest as `make_request`."""
-    with _bars(console) as report:
+    with _bars(console) as report, _terminated_as_interrupted():
         folder = out or default_out(corpus, _tokenizer_of(options), root=root)
         request = make_request(corpus, out=folder, report=report, **options)
         if dry_run:
@@ -34,6 +36,19 @@ def prepare_and_show(
     next_one = next_command(corpus, done.manifest.tokenizer["name"], root, out)
     _say(console, [*_summary_lines(done), f"next: {next_one}"])
     return _summary(done)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does: with what is done noted, and a sentence."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tokenizer_of(options: dict[str, Any]) -> str | None:

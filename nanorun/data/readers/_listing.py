@@ -156,12 +156,16 @@ class _Search:
         if real_folder in self._gone_through:
             return []
         self._gone_through.add(real_folder)
+        entries = self._entries(folder)
+        names = {entry.name for entry in entries}
+        if {"manifest.json", "journal.jsonl"} & names and any(".bin" in name for name in names):
+            return []  # a corpus that is prepared, or about to be: no text
         return [
             (
                 entry,
                 os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real_folder, entry.name),
             )
-            for entry in self._entries(folder)
+            for entry in entries
             if not entry.name.startswith(".")
         ]
 
