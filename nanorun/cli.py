@@ -43,23 +43,84 @@ Curves = Annotated[
 ]
 
 
-@app.command("prepare-data", epilog="Example: nanorun prepare-data text --input notes/ --tokenizer byte")
+@app.command("prepare-data", epilog="Example: nanorun prepare-data text --input notes/ --train-bpe 4096")
 def prepare_data(
-    corpus: Annotated[str, typer.Argument(help="sotu, shakespeare or text.")] = "sotu",
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            help="sotu, shakespeare; text for files of your own; fineweb10B, fineweb100B, finewebedu10B for ready-made "
+            "shards; hub:OWNER/NAME for a text dataset on the hub; shards for tokens that other programs made."
+        ),
+    ] = "sotu",
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="File or folder of .txt and .md, - for stdin.")
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="File, folder or glob of .txt, .md, .jsonl, .csv, .tsv, .parquet, also .gz and .zst; - for stdin.",
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Of the inputs, where their names do not tell: plain, jsonl, csv, parquet."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The key or column that holds the text; text without it.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Cuts plain files into documents, such as '<|endoftext|>'.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="byte, char or gpt2; the corpus has a default.")
+        str | None,
+        typer.Option(
+            help="byte, char, gpt2, another encoding of tiktoken, or a tokenizer.json; the corpus has a default."
+        ),
     ] = None,
+    train_bpe: Annotated[
+        int | None,
+        typer.Option(help="Train a byte-level BPE of so many entries on the training split, and use it."),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="How many training shards of FineWeb; 9 without it.")
+    ] = None,
+    include: Annotated[
+        str | None,
+        typer.Option(help="A glob over the files of a dataset on the hub, such as 'sample/10BT/*'."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A commit of the repository on the hub.")] = None,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep exact copies of documents; they go to one split.")
+    ] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out what cannot be read, and list it, instead of ending."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the shards.")] = None,
     data: DataDir = Path("data"),
-    workers: Annotated[int, typer.Option(min=1, help="Threads of the gpt2 tokenizer.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that tokenize; 0: one for each core.")] = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be read or fetched and how large it is, and stop."),
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: say what a folder of shards holds, ours or another program's, and whether it is sound; "
+            "exit code 1 if it is not, 2 if nothing there is known."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a corpus into token shards that train reads."""
+    """Turn a corpus into token shards that train reads. Interrupted, the same command goes on where it was."""
+    if check is not None:
+        from nanorun.data.check import check_and_show
+
+        found = check_and_show(check, _console(as_json))
+        _print_json(found, as_json)
+        raise typer.Exit(found["exit_code"])
     from nanorun.data.show import prepare_and_show
 
+    reading = {"format": format, "column": column, "separator": separator, "skip_bad": skip_bad}
+    hub = {"include": include, "revision": revision, "shards": shards}
     summary = prepare_and_show(
         corpus,
         out=out,
@@ -67,7 +128,12 @@ def prepare_data(
         tokenizer=tokenizer,
         inputs=inputs or [],
         workers=workers,
+        keep_duplicates=keep_duplicates,
+        train_bpe=train_bpe,
+        dry_run=dry_run,
         console=_console(as_json),
+        **reading,
+        **hub,
     )
     _print_json(summary, as_json)
 
@@ -89,6 +155,13 @@ def train(
         ),
     ] = 1,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on several corpora by weight, such as sotu:0.7,shakespeare:0.3 or ./data/novels:1; validated "
+            "on the track's corpus all the same. Does not count where the track fixes its corpus."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compile: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help="torch.compile.")] = None,
     checkpoint_activations: Annotated[
@@ -117,6 +190,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
+    from nanorun.config import mix_setting
     from nanorun.training.run import resume_run, train_seeds
 
     console = _console(as_json)
@@ -131,6 +205,7 @@ def train(
     options = {**places, **behaviour}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
+    changes += [] if mix is None else [mix_setting(mix)]
     try:
         if resume is not None:
             results = [resume_run(resume, console, _given_anew(context, options))]

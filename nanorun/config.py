@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,6 +40,9 @@ ARCH_SWITCHES: dict[str, dict[str, Any]] = {
 
 ROLES = ("embedding", "head", "matrix", "vector")
 
+MOST_IN_A_MIX = 32
+"""Corpora of a mix; the orders of so many are kept in memory."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -48,6 +53,15 @@ class DataConfig(_Strict):
     """Name of a source under nanorun/data/sources."""
     tokenizer: str
     """`byte`, `char` or `gpt2`."""
+    mix: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(default_factory=dict)
+    """Corpora, or folders of prepared ones, to train on instead of `corpus`, and the share of each in the rows of a
+    run; shares are relative to their sum. Validation stays on `corpus`."""
+
+    @model_validator(mode="after")
+    def _is_of_a_size(self) -> DataConfig:
+        if len(self.mix) > MOST_IN_A_MIX:
+            raise ValueError(f"data.mix holds {len(self.mix)} corpora: wanted at most {MOST_IN_A_MIX}")
+        return self
 
 
 class ModelConfig(_Strict):
@@ -258,7 +272,8 @@ def _explained(error: Any) -> str:
 
 
 def _below(key: str) -> str:
-    return next((known for known in known_keys() if known.startswith(f"{key}.")), f"{key}.lr")
+    example = f"{key}.sotu" if key == "data.mix" else f"{key}.lr"
+    return next((known for known in known_keys() if known.startswith(f"{key}.")), example)
 
 
 def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any) -> RunConfig:
@@ -274,6 +289,38 @@ def resolve(track: Track, preset: str, settings: Sequence[str] = (), **top: Any)
         )
     path = track.folder / f"{preset}.toml"
     return resolve_values(track, preset, read_toml(path), settings, where=str(path), **top)
+
+
+def mix_setting(text: str) -> str:
+    """Return the `--set` setting of `--mix sotu:0.7,shakespeare:0.3`; UserError where it is not of that form."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, colon, share = part.strip().rpartition(":")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not (colon and name and 0 < value < math.inf):
+            raise UserError(
+                f"--mix {text}: {part.strip()!r} is no corpus with its share; wanted CORPUS:SHARE,CORPUS:SHARE with "
+                "shares above 0, for example --mix sotu:0.7,shakespeare:0.3"
+            )
+        if name in shares:
+            raise UserError(f"--mix {text}: {name!r} is there twice; name it once, with both shares added up")
+        shares[name] = value
+    table = ", ".join(f"{json.dumps(name, ensure_ascii=False)} = {value!r}" for name, value in shares.items())
+    return f"data.mix={{{table}}}"
+
+
+def check_fixed(track: Track, config: RunConfig) -> None:
+    """Raise UserError where a run contradicts what its track fixes; a mix that is fixed is fixed as a whole."""
+    track.check(config.model_dump())
+    wanted = track.fixed.get("data", {}).get("mix")
+    if wanted is not None and config.data.mix != wanted:
+        raise UserError(
+            f"track {track.name!r} fixes data.mix = {wanted!r}, and this run has {config.data.mix!r}: leave data.mix "
+            "out"
+        )
 
 
 def _without_others_options(optim: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,8 +346,11 @@ def resolve_values(
             raise UserError(f"--set {key}: use --track or --optim")
     settings_tables = nested(changes)
     base = {**preset, "optim": _without_others_options(preset.get("optim", {}), settings_tables)}
+    if "data.mix" in dict(changes) and isinstance(base.get("data"), Mapping):
+        # A whole mix takes the place of the preset's; data.mix.CORPUS changes one share of it.
+        base["data"] = {key: value for key, value in base["data"].items() if key != "mix"}
     values = merged(track.fixed, base, settings_tables, {"track": track.name, "name": name, **top})
     where += f" with --set {' '.join(settings)}" if settings else ""
     config = make_config(values, where=where)
-    track.check(config.model_dump())
+    check_fixed(track, config)
     return config

@@ -100,7 +100,7 @@ def _neighbours() -> Finding:
 
 
 def _vocabulary() -> Finding:
-    from nanorun.data.gpt2_vocabulary import gpt2_vocabulary_status
+    from nanorun.data.tokenizers.tiktoken_files import gpt2_vocabulary_status
 
     ok, found = gpt2_vocabulary_status()
     return Finding(

@@ -31,3 +31,9 @@ def nearest(word: str, known: list[str]) -> str:
 def printable(text: str) -> str:
     """Return `text` with control characters, line breaks aside, shown as escapes: names come from files."""
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(name: object) -> str:
+    """Return a file's name, or another word from outside, on one line: what would not print is escaped."""
+    text = str(name)
+    return text if text.isprintable() else printable(text).replace("\n", "\\n")

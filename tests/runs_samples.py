@@ -86,6 +86,7 @@ def put_run(
     outcome = {"validation_tokens": record.validation_tokens, "code": vars(record.code)}
     choices = {"hardware": record.hardware.label, "torch": "2.9.0", "compiled": False}
     saved = {"outcome": outcome, "choices": choices, "corpus_sha256": record.corpus.manifest_sha256}
+    saved["mix"] = [vars(one) for one in record.corpus.mix]
     (state / "state.json").write_text(json.dumps(saved))
     if done is None:
         result = {

@@ -153,7 +153,7 @@ def test_ctrl_c_outside_training_is_one_sentence_and_130(nanorun, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanorun.data.show.prepare", interrupted)
+    monkeypatch.setattr("nanorun.data.show.carry_out", interrupted)
     code, _, err = nanorun("prepare-data", "shakespeare")
     assert code == 130
     assert "stopped by Ctrl-C" in err
@@ -237,7 +237,10 @@ def test_a_damaged_shard_is_refused_by_its_name(damage, nanorun):
         ([*SPRINT, "--set", "steps"], "wanted key=value"),
         ([*SPRINT, "--set", "model.context_len=600000", "--set", "train.batch_tokens=600000"], "too few"),
         ([*SPRINT, "--device", "tpu"], "wanted auto, cpu, cuda"),
-        (["train", "--track", "fineweb-small"], "no prepared 'fineweb10B' here"),
+        (
+            ["train", "--track", "fineweb-small"],
+            "make it with: nanorun prepare-data fineweb10B --tokenizer gpt2",
+        ),
         ([*SPRINT, "--set", "optim.matrixx.lr=1"], "Did you mean 'matrix'"),
         ([*SPRINT, "--set", "train.schedule=cosin"], "Did you mean 'cosine'"),
         ([*SPRINT, "--set", "train=3"], "wanted a table of its keys, such as train.steps"),

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from nanorun.data import batches
 from nanorun.data.batches import (
+    TokenSet,
     n_validation_windows,
     rows_per_epoch,
     token_set,
     train_rows,
     validation_rows,
 )
+from nanorun.data.readahead import MappedArray, mapped_array
+from nanorun.data.shards import HEADER_BYTES, open_shard, write_shard
 from nanorun.errors import UserError
 
 
@@ -57,6 +60,75 @@ def test_an_epoch_visits_each_window_once_and_no_token_twice(context_len, extra,
         phase = seen[0]
         assert 0 <= phase < context_len
         np.testing.assert_array_equal(seen, np.arange(phase, phase + per_epoch * context_len))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_gathered_at_once_are_those_sliced_one_by_one(data):
+    lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    context_len = data.draw(st.integers(1, 9))
+    n = sum(lengths)
+    if n < 2 * context_len:
+        return
+    shards = np.split(np.arange(n), np.cumsum(lengths)[:-1])
+    tokens = token_set([shard.astype(np.uint16) for shard in shards], name="uneven")
+    seed, first = data.draw(st.integers(0, 99)), data.draw(st.integers(0, 100))
+    rows = data.draw(st.integers(1, 40))
+    found = train_rows(tokens, seed=seed, first_row=first, n_rows=rows, context_len=context_len)
+    per_epoch = rows_per_epoch(tokens, context_len)
+    for i in range(rows):
+        epoch, place = divmod(first + i, per_epoch)
+        phase, order = batches._epoch(seed, epoch, per_epoch, context_len, 0)
+        row = tokens.slice(phase + int(order[place]) * context_len, context_len + 1)
+        np.testing.assert_array_equal(found[0][i], row[:-1])
+        np.testing.assert_array_equal(found[1][i], row[1:])
+    assert all(one.dtype == np.int64 and one.flags.c_contiguous for one in found)
+
+
+def test_rows_on_disk_are_asked_for_before_the_first_is_read(tmp_path, monkeypatch):
+    numbers = np.arange(60_000)
+    paths = [tmp_path / "0.bin", tmp_path / "1.bin"]
+    for path, part in zip(paths, np.split(numbers, [25_000]), strict=True):
+        write_shard(path, part.astype(np.uint16))
+    tokens = token_set([np.asarray(open_shard(path)) for path in paths])
+    asked = []
+    monkeypatch.setattr(MappedArray, "ask_for", lambda self, *span: asked.append((self, *span)))
+    gathered = TokenSet._gathered
+    at_the_first = []
+    monkeypatch.setattr(
+        TokenSet, "_gathered", lambda *words: (at_the_first.append(len(asked)), gathered(*words))[1]
+    )
+    shape = {"seed": 1, "first_row": 7, "n_rows": 50, "context_len": 16}
+    idx_BT, _ = train_rows(tokens, **shape)
+    assert at_the_first == [50, 50]
+    for row, (mapped, first_byte, n_bytes) in zip(idx_BT, asked, strict=True):
+        begin = mapped.start + first_byte
+        assert mapped.start == HEADER_BYTES
+        # What was asked for is the row itself, but for what lies in the next shard.
+        held = np.frombuffer(mapped.mapping[begin : begin + n_bytes], dtype="<u2")
+        np.testing.assert_array_equal(held[:16], row[: len(held)])
+    monkeypatch.undo()
+    in_memory = train_rows(token_set(np.split(numbers, [25_000])), **shape)
+    np.testing.assert_array_equal(in_memory[0], train_rows(tokens, **shape)[0])
+
+
+def test_asking_beyond_the_end_of_a_file_or_of_an_array_in_memory_does_no_harm(tmp_path):
+    assert mapped_array(np.arange(9)[2:]) is None
+    write_shard(tmp_path / "0.bin", np.arange(9000, dtype=np.uint16))
+    mapped = mapped_array(np.asarray(open_shard(tmp_path / "0.bin")))
+    assert mapped is not None
+    mapped.ask_for(17_000, 10**9)
+    mapped.ask_for(10**9, 5)
+
+
+def test_tokens_beyond_uint16_come_out_as_they_are():
+    numbers = np.arange(65_000, 70_000)
+    narrow, wide = (token_set(np.array_split(numbers.astype(kind), 3)) for kind in (np.int64, np.uint32))
+    shape = {"seed": 2, "first_row": 100, "n_rows": 300, "context_len": 16}
+    for one, other in zip(train_rows(narrow, **shape), train_rows(wide, **shape), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert other.max() > 2**16
+    assert wide.slice(4990, 10).tolist() == list(range(69_990, 70_000))
 
 
 def test_rows_are_a_function_of_their_number():

@@ -5,22 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from nanorun.data import passes, shards, writing
 from nanorun.data import prepare as prepare_module
-from nanorun.data import shards
 from nanorun.data.batches import open_tokens
 from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import load_manifest, open_shard, sha256_of, write_shard
-from nanorun.data.sources import shakespeare, sotu
+from nanorun.data.sources import Reading, shakespeare, sotu, text
 from nanorun.data.tokenizers import tokenizer_from_manifest
-from nanorun.errors import UserError
+from nanorun.errors import Stopped, UserError
 
-SHARD_NAMES = {"text_train_000000.bin", "text_val_000000.bin", "manifest.json"}
+SHARD_NAMES = {"text_train_000000.bin", "text_val_000000.bin", "manifest.json", "inputs.json"}
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_tokens_beyond_the_vocabulary_are_named(tmp_path):
 
 def test_shakespeare_is_token_for_token_nanogpt(tmp_path):
     prepared = prepare("shakespeare", out=tmp_path)
-    text = "".join(d.text for split in ("train", "val") for d in shakespeare.documents(split))
+    text = "".join(document.text for document in shakespeare.documents(Reading()))
     ids = {char: i for i, char in enumerate(sorted(set(text)))}
     expected = np.array([ids[char] for char in text])
     cut = int(len(text) * 0.9)
@@ -126,7 +128,8 @@ def test_sotu_by_bytes_gives_back_every_address(tmp_path):
         starts = np.flatnonzero(tokens == 256)
         assert starts[0] == 0
         pieces = np.split(np.asarray(tokens), starts[1:])
-        for piece, document in zip(pieces, sotu.documents(split), strict=True):
+        documents = [document for document in sotu.documents(Reading()) if document.split == split]
+        for piece, document in zip(pieces, documents, strict=True):
             assert piece[1:].astype(np.uint8).tobytes() == document.text.encode(), document.name
 
 
@@ -165,8 +168,8 @@ def test_gpt2_takes_a_literal_end_of_text_as_text(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2"])
 def test_many_small_shards_hold_what_one_does(texts, tmp_path, monkeypatch, tokenizer):
     whole = _prepare(texts, tmp_path / "one", tokenizer=tokenizer).manifest
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 500)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 900)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 900)
     cut = _prepare(texts, tmp_path / "many", tokenizer=tokenizer).manifest
     assert len(cut.of_split("train")) > 3
     assert all(shard.tokens == 500 for shard in cut.of_split("train")[:-1])
@@ -186,7 +189,7 @@ def test_file_names_match_what_other_programs_look_for(texts, out):
 def test_twice_does_nothing_the_second_time(texts, out):
     first = _prepare(texts, out)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    second = _prepare(texts, out, on_progress=lambda split, n: pytest.fail("worked again"))
+    second = _prepare(texts, out, report=lambda step: pytest.fail("worked again"))
     assert (first.wrote, second.wrote) == (True, False)
     assert second.manifest == first.manifest
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -211,65 +214,221 @@ def test_another_request_for_a_filled_folder_is_refused(texts, out):
     open_tokens(out, "train")
 
 
-def test_progress_adds_up_to_the_tokens(texts, out):
-    told = {"train": 0, "val": 0}
-
-    def on_progress(split, n_tokens):
-        told[split] += n_tokens
-
-    prepared = _prepare(texts, out, on_progress=on_progress)
-    assert told == {split: prepared.manifest.n_tokens(split) for split in told}
+def test_progress_adds_up_to_the_inputs(texts, out, monkeypatch):
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 900)
+    told = []
+    prepared = _prepare(texts, out, report=told.append)
+    size = sum(path.stat().st_size for path in texts.iterdir())
+    done = [step.done for step in told if step.stage == "tokenize"]
+    assert len(done) > 10
+    assert done == sorted(done)
+    assert done[-1] == size
+    assert {step.total for step in told} == {size}
     assert prepared.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("interrupted_split", ["train", "val"])
-def test_an_interruption_leaves_nothing(texts, out, interrupted_split):
-    def on_progress(split, n_tokens):
-        if split == interrupted_split:
+def _interrupt_at(n_steps):
+    """Return a report that is interrupted by Ctrl-C when it is told the n-th time."""
+    told = []
+
+    def report(step):
+        told.append(step)
+        if len(told) == n_steps:
             raise KeyboardInterrupt
 
+    return report
+
+
+def test_an_interruption_before_anything_is_done_leaves_nothing(texts, out, monkeypatch):
+    monkeypatch.setattr(text, "documents", _interrupted)
     with pytest.raises(KeyboardInterrupt):
-        _prepare(texts, out, on_progress=on_progress)
+        _prepare(texts, out)
     assert not out.parent.exists()
 
 
-def test_an_interruption_spares_what_was_there(texts, out):
-    def on_progress(split, n_tokens):
-        raise KeyboardInterrupt
+def _interrupted(reading):
+    raise KeyboardInterrupt
+    yield
 
+
+def test_an_interruption_spares_what_was_there(texts, out, monkeypatch):
+    monkeypatch.setattr(text, "documents", _interrupted)
     out.mkdir(parents=True)
     (out / "notes.txt").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
-        _prepare(texts, out, on_progress=on_progress)
+        _prepare(texts, out)
     assert _names(out) == {"notes.txt"}
 
 
-def test_a_killed_run_does_not_look_whole_and_is_overwritten(texts, out):
-    """SIGKILL leaves shards and a temporary file, but no manifest."""
-    command = (
-        "import os, signal\n"
-        "from pathlib import Path\n"
-        "from nanorun.data.prepare import prepare\n"
-        "def kill(split, n):\n"
-        "    if split == 'val': os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepare('text', out=Path({str(out)!r}), inputs=[{str(texts)!r}], on_progress=kill)\n"
-    )
-    subprocess.run([sys.executable, "-c", command], check=False, timeout=60)
-    left = _names(out)
-    assert "text_train_000000.bin" in left
-    assert not left & {"manifest.json", "text_val_000000.bin"}
+def _small(monkeypatch):
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 1500)
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 700)
+
+
+def _content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "inputs.json"}
+
+
+@pytest.mark.parametrize("n_steps", [1, 4, 9, 17])
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "gpt2"])
+def test_after_ctrl_c_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    texts, out, tmp_path, monkeypatch, n_steps, tokenizer
+):
+    _small(monkeypatch)
+    whole = _prepare(texts, tmp_path / "whole", tokenizer=tokenizer)
+    with pytest.raises(Stopped, match=r"documents are done and stay in .*: the same command goes on"):
+        _prepare(texts, out, tokenizer=tokenizer, report=_interrupt_at(n_steps))
+    with pytest.raises(UserError, match="no prepared corpus here"):
+        open_tokens(out, "train")
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+    again = _prepare(texts, out, tokenizer=tokenizer)
+    assert again.resumed_at > 0
+    assert again.manifest == whole.manifest
+    assert _content(out) == _content(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+from nanorun.data import journal, passes, writing
+from nanorun.data.prepare import prepare
+writing.SHARD_TOKENS, passes.CHUNK_BYTES, writing.MARK_SECONDS = 1500, 700, 0.0
+chance = random.Random(int(sys.argv[3]))
+# Any write, flush, rename or line of the journal may be the last thing that happens.
+def deadly(function):
+    def wrapped(*args, **kwargs):
+        if chance.random() < 0.03:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = function(*args, **kwargs)
+        if chance.random() < 0.03:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+    return wrapped
+os.replace, os.fsync, os.truncate = map(deadly, (os.replace, os.fsync, os.truncate))
+writing.SplitWriter._append = deadly(writing.SplitWriter._append)
+journal.Journal._add = deadly(journal.Journal._add)
+prepare("text", out=Path(sys.argv[1]), inputs=[sys.argv[2]], tokenizer=sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", pytest.param("char", marks=pytest.mark.slow)])
+def test_killed_at_any_point_and_again_it_ends_with_the_bytes_of_a_whole_run(
+    texts, out, tmp_path, monkeypatch, tokenizer
+):
+    """SIGKILL before and after writes, flushes and renames, until one run gets through."""
+    _small(monkeypatch)
+    _prepare(texts, tmp_path / "whole", tokenizer=tokenizer)
+    kills = 0
+    for seed in range(40):
+        finished = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+        command = [sys.executable, "-c", KILLED, str(out), str(texts), str(seed), tokenizer]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished
+        if done.returncode == 0:
+            break
+        kills += 1
+        assert not (out / "manifest.json").exists() or load_manifest(out)
+    assert kills > 2
+    assert (out / "manifest.json").exists()
+    monkeypatch.undo()
+    assert _content(out) == _content(tmp_path / "whole")
+
+
+def test_a_killed_run_does_not_look_whole(texts, out, monkeypatch):
+    _small(monkeypatch)
+    with pytest.raises(Stopped):
+        _prepare(texts, out, report=_interrupt_at(9))
     with pytest.raises(UserError, match="no prepared corpus here"):
         open_tokens(out, "train")
 
-    (out / "text_train_000007.bin").write_bytes(b"of a longer text, prepared before")
-    for path in out.glob("*.tmp"):
-        os.utime(path, (0, 0))
+
+def test_an_unfinished_preparation_of_another_kind_is_not_overwritten(texts, out, monkeypatch):
+    _small(monkeypatch)
+    with pytest.raises(Stopped):
+        _prepare(texts, out, report=_interrupt_at(9))
+    with pytest.raises(
+        UserError, match=r"unfinished preparation of another kind \(corpus text, tokenizer byte\)"
+    ):
+        _prepare(texts, out, tokenizer="gpt2")
+    assert _prepare(texts, out).resumed_at > 0
+
+
+def test_an_interruption_is_not_trusted_where_the_inputs_have_changed(texts, out, tmp_path, monkeypatch):
+    _small(monkeypatch)
+    with pytest.raises(Stopped):
+        _prepare(texts, out, report=_interrupt_at(12))
+    (texts / "0.txt").write_text("Another beginning.")
+    told = []
+    again = _prepare(texts, out, report=told.append)
+    assert again.resumed_at == 0
+    assert any("beginning again" in step.note for step in told)
+    assert again.manifest == _prepare(texts, tmp_path / "whole").manifest
+    assert _content(out) == _content(tmp_path / "whole")
+
+
+def test_a_damaged_shard_of_an_interrupted_run_is_made_again(texts, out, tmp_path, monkeypatch):
+    _small(monkeypatch)
+    with pytest.raises(Stopped):
+        _prepare(texts, out, report=_interrupt_at(17))
+    path = sorted(out.glob("*.bin"))[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
     _prepare(texts, out)
-    assert _names(out) == SHARD_NAMES
+    _prepare(texts, tmp_path / "whole")
+    assert _content(out) == _content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, -1, -7])
+def test_a_journal_that_was_cut_off_is_used_as_far_as_it_goes(texts, out, tmp_path, monkeypatch, keep):
+    _small(monkeypatch)
+    monkeypatch.setattr(writing, "MARK_SECONDS", 0.0)
+    with pytest.raises(Stopped):
+        _prepare(texts, out, report=_interrupt_at(17))
+    path = out / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:keep])
+    _prepare(texts, out)
+    _prepare(texts, tmp_path / "whole")
+    assert _content(out) == _content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_shards_do_not_depend_on_the_threads(texts, out, tmp_path, monkeypatch, workers):
+    _small(monkeypatch)
+    monkeypatch.setattr(prepare_module, "usable_cores", lambda: 8)
+    many = _prepare(texts, tmp_path / "many", tokenizer="gpt2", workers=8)
+    one = _prepare(texts, out, tokenizer="gpt2", workers=workers)
+    assert many.manifest == one.manifest
+    assert _content(out) == _content(tmp_path / "many")
+
+
+def test_a_second_preparation_waits_for_the_first_and_finds_it_done(texts, out, monkeypatch):
+    _small(monkeypatch)
+    told, both = [], []
+
+    def second(step):
+        told.append(step)
+
+    def first(step):
+        if not both:
+            thread = threading.Thread(target=lambda: both.append(_prepare(texts, out, report=second)))
+            both.append(thread)
+            thread.start()
+            while not told:
+                pass
+            assert told[0].stage == "wait"
+            assert f"process {os.getpid()}" in told[0].note
+
+    assert _prepare(texts, out, report=first).wrote
+    both[0].join(timeout=30)
+    assert not both[1].wrote
+    assert _names(out) == {path.name for path in out.iterdir()} - {".lock"}
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
-def test_a_full_disk_leaves_nothing_half_written(texts, out, monkeypatch, fails_at):
+def test_a_full_disk_at_the_beginning_leaves_nothing(texts, out, monkeypatch, fails_at):
     calls = 0
 
     def full(descriptor):
@@ -281,8 +440,9 @@ def test_a_full_disk_leaves_nothing_half_written(texts, out, monkeypatch, fails_
     monkeypatch.setattr(shards.os, "fsync", full)
     with pytest.raises(UserError, match="the disk is full"):
         _prepare(texts, out)
-    assert calls == fails_at
-    assert not out.exists()
+    assert calls >= fails_at
+    monkeypatch.undo()
+    assert _prepare(texts, out).wrote
 
 
 def test_a_disk_that_is_really_full_is_told(tmp_path):
@@ -327,8 +487,8 @@ def test_bad_names_and_workers_are_refused(out):
         prepare("sotuu", out=out)
     with pytest.raises(UserError, match="no tokenizer 'bytes'"):
         prepare("sotu", out=out, tokenizer="bytes")
-    with pytest.raises(UserError, match="--workers 0"):
-        prepare("sotu", out=out, workers=0)
+    with pytest.raises(UserError, match="--workers -1"):
+        prepare("sotu", out=out, workers=-1)
     assert not out.exists()
 
 

@@ -1,11 +1,14 @@
 """Files are written whole or not at all."""
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nanorun.errors import UserError
-from nanorun.files import new_folder, write_whole
+from nanorun.files import locked, new_folder, write_whole
 
 
 def test_a_file_is_written_with_its_folder(tmp_path):
@@ -53,3 +56,44 @@ def test_a_folder_that_cannot_be_made_says_what_helps(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(UserError, match=r"cannot be made .*mend it"):
         new_folder(tmp_path / "a" / "run", mend="mend it")
+
+
+def test_a_held_folder_is_waited_for_and_its_holder_is_named(tmp_path):
+    command = (
+        "import sys; from pathlib import Path; from nanorun.files import locked\n"
+        "with locked(Path(sys.argv[1]), on_wait=print):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", command, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        told, naps = [], []
+
+        def sleep(seconds):
+            naps.append(seconds)
+            if len(naps) == 3:
+                holder.kill()
+                holder.wait()
+
+        with locked(tmp_path, on_wait=told.append, sleep=sleep):
+            assert (tmp_path / ".lock").exists()
+    assert told == [f"process {holder.pid} on {socket.gethostname()!a}"]
+    assert len(naps) >= 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_free_again_is_held_without_waiting(tmp_path):
+    for _ in range(3):
+        with locked(tmp_path, on_wait=lambda holder: pytest.fail(holder)):
+            pass
+
+
+def test_a_lock_that_cannot_be_made_is_a_users_error(tmp_path):
+    folder = tmp_path / "file"
+    folder.write_text("")
+    with pytest.raises(UserError, match=r"file/\.lock: cannot be written"), locked(folder, on_wait=print):
+        pass

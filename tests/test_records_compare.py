@@ -16,7 +16,7 @@ from runs_samples import log_text, put_record, put_run, write_log
 
 from nanorun.errors import UserError
 from nanorun.records.compare import compare, print_comparison
-from nanorun.records.record import read_record
+from nanorun.records.record import plain_fields, read_record
 from nanorun.records.significance import compare_means
 
 A = [1.401, 1.407, 1.398, 1.412]
@@ -162,7 +162,7 @@ def test_the_code_that_logs_embed_is_told_line_by_line():
 
 def test_other_data_is_refused_unless_forced(two_presets):
     other = {
-        **vars(read_record(next(Path("records/sotu").iterdir()).resolve()).corpus),
+        **plain_fields(read_record(next(Path("records/sotu").iterdir()).resolve()).corpus),
         "manifest_sha256": "d" * 64,
     }
     b = put_record(Path("other"), seed=0, corpus=other)

@@ -11,7 +11,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records_samples import a_dict
+from records_samples import a_dict, on_a_mix
 
 from nanorun.records import index
 from nanorun.records.index import indexed_records, thinned
@@ -95,6 +95,14 @@ def test_records_from_the_index_are_the_thinned_records(root):
         dataclasses.replace(one, validation=(), validation_left_out=0) for one in plainly
     ]
     assert all(record.validation_left_out + len(record.validation) == 11 for record in found)
+
+
+def test_a_mix_comes_back_from_the_index(root):
+    write(root, seed=5, **on_a_mix())
+    for _ in range(2):
+        with_index, plainly = tables(root)
+        assert with_index == plainly
+    assert sum("trained on a mix" in row.why for row in plainly.rows) == 1
 
 
 def test_a_thinned_curve_keeps_both_crossings_the_best_and_the_last():

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from records_samples import TARGET, a_dict, a_record
+from records_samples import TARGET, a_dict, a_record, on_a_mix
 from rich.console import Console
 from runs_samples import a_logged_run, put_import
 
@@ -338,6 +338,14 @@ def test_a_card_holds_config_hardware_clock_and_curve():
     assert len(data["configs"]) == 2, "runs of one row share their config"
     (line,) = data["runs"][2]["chart"]["lines"]
     assert line["y"][-1] == pytest.approx(1.542)
+
+
+def test_a_card_says_what_mix_a_run_trained_on():
+    for record, said in ((a_record(**on_a_mix()), True), (a_record(), False)):
+        facts = {title: dict(pairs) for title, pairs in Outline(page([record])).data()["runs"][0]["facts"]}
+        assert ("trained on a mix" in facts["Data and code"]) is said
+    facts = dict(dict(Outline(page([a_record(**on_a_mix())])).data()["runs"][0]["facts"])["Data and code"])
+    assert facts["trained on a mix"].startswith("sotu:0.7 (cccc")
 
 
 def test_a_contested_record_says_so_on_its_card(tmp_path):

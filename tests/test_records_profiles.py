@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from records_samples import a_dict, a_record
+from records_samples import a_dict, a_record, on_a_mix
 
 from nanorun.errors import UserError
 from nanorun.records.profiles import TAUS, held_out_pairs, performance_profiles
@@ -318,6 +318,18 @@ def test_of_several_rows_of_a_preset_the_first_counts_and_a_note_says_so():
     found = of_records([SOTU], records, hardware=None)
     assert found.times["muon"]["sotu"] == pytest.approx(records[0].reached.seconds)
     assert found.notes == ("muon on sotu: the first of 2 rows of its table",)
+
+
+def test_runs_on_a_mix_score_nothing_on_a_track_that_fixes_its_corpus():
+    alone = [a_record(seed=seed, seconds=10 + seed, final=1.54 + seed / 1000) for seed in range(3)]
+    records = [*alone, *(a_record(seed=seed, seconds=1, final=1.3, **on_a_mix()) for seed in range(3))]
+    found = of_records([SOTU], records, hardware=None)
+    assert found.times == of_records([SOTU], alone, hardware=None).times
+    assert found.n_studies == {"muon": {"sotu": 3}}
+    assert found.notes == (
+        "muon (2) on sotu is left out: trained on a mix of corpora (sotu 70 %, novels 30 %), and the track fixes its "
+        "corpus",
+    )
 
 
 def test_records_of_two_machines_are_refused_until_one_is_chosen(tmp_path, nanorun):

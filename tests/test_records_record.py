@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records_samples import a_dict, a_record
+from records_samples import A_MIX, a_dict, a_record, on_a_mix
 
 from nanorun.errors import UserError
 from nanorun.records import record as record_module
@@ -66,6 +66,17 @@ def test_a_record_reads_back_as_it_was_written(tmp_path: Path):
     curve = (folder / "curve.csv").read_text().splitlines()
     assert curve[0] == "step,tokens,train_seconds,val_loss"
     assert len(curve) == 1 + len(record.validation)
+
+
+def test_a_mix_comes_back_and_a_record_without_one_does_not_name_it(tmp_path: Path):
+    record = a_record(**on_a_mix())
+    assert [one.share for one in record.corpus.mix] == [0.7, 0.3]
+    folder = write_record(tmp_path, record, config_toml="", source_patch=None)
+    assert json.loads((folder / "record.json").read_text())["corpus"]["mix"] == A_MIX
+    assert read_records(tmp_path) == ([record], [])
+    plain = a_record()
+    assert plain.corpus.mix == ()
+    assert set(plain.to_dict()["corpus"]) == set(a_dict()["corpus"])
 
 
 def test_a_record_is_never_overwritten(tmp_path: Path):
@@ -174,6 +185,9 @@ def test_a_missing_key_is_named(path: str):
         ("config.optim.matrix.lr", float("inf")),
         ("corpus", "sotu"),
         ("corpus.vocab_size", 2.5),
+        ("corpus.mix", {}),
+        ("corpus.mix", [{"name": "a", "share": 1.5, "manifest_sha256": "b"}]),
+        ("corpus.mix", [{"name": "a", "share": 0, "manifest_sha256": "b"}]),
         ("code.patch", "/etc/passwd"),
         ("hardware.device", "tpu"),
         ("software.compiled", "no"),
@@ -199,6 +213,13 @@ def test_a_wrong_validation_point_is_named_by_its_place():
         Record.from_dict(changed("validation.3.tokens", ...))
     with pytest.raises(RecordError, match=r"^validation\[3\] is step 100 after step 200"):
         Record.from_dict(changed("validation.3.step", 100))
+
+
+def test_a_wrong_corpus_of_a_mix_is_named_by_its_place():
+    with pytest.raises(RecordError, match=r"^corpus\.mix\[0\] is 3; wanted an object"):
+        Record.from_dict(changed("corpus.mix", [3]))
+    with pytest.raises(RecordError, match=r"^corpus\.mix\[1\]\.share is missing"):
+        Record.from_dict(changed("corpus.mix", [A_MIX[0], {"name": "novels", "manifest_sha256": "d" * 64}]))
 
 
 def test_fields_that_contradict_one_another_are_refused():

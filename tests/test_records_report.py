@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from records_samples import TARGET, a_dict, a_record
+from records_samples import A_MIX, TARGET, a_dict, a_record, on_a_mix
 from rich.console import Console
 
 from nanorun.config import RunConfig
 from nanorun.errors import UserError
+from nanorun.records import report
 from nanorun.records.record import Record, Skipped, read_records
 from nanorun.records.report import (
     LATER_KEYS,
@@ -33,7 +34,7 @@ from nanorun.records.report import (
     to_markdown,
 )
 from nanorun.records.significance import Rule
-from nanorun.tables import flattened, merged
+from nanorun.tables import merged
 
 SOTU = TrackView("sotu", TARGET, "seconds", Rule("t", n=3, alpha=0.05))
 GPU = {**a_dict()["hardware"], "device": "cuda", "device_name": "NVIDIA H100"}
@@ -182,6 +183,59 @@ def test_runs_that_could_stop_at_the_target_show_their_crossing_and_nothing_else
     assert (row.n, row.seeds, row.counts, row.loss_mean, row.seconds_mean) == (0, 3, False, None, None)
     assert row.reached_n == 3
     assert any("could stop at the target" in note for note in table.notes)
+
+
+def mixed(n: int = 3, first: int = 0, **of_the_mix: Any) -> list[Record]:
+    return seeds(n, first=first, final=1.3, **on_a_mix(**of_the_mix))
+
+
+def test_runs_on_a_mix_are_a_row_of_their_own_that_does_not_count_and_says_why():
+    table = build_table(SOTU, [*seeds(), *mixed()])
+    assert [(row.n, row.counts, row.rank) for row in table.rows] == [(3, True, 1), (3, False, None)]
+    row = table.rows[1]
+    assert row.loss_mean == pytest.approx(1.301)
+    assert row.why == "trained on a mix of corpora (sotu 70 %, novels 30 %), and the track fixes its corpus"
+    assert f"{row.name} does not count: {row.why}" in table.notes
+    assert row.differs == f"data.mix = sotu:0.7 ({'c' * 16}), novels:0.3 ({'d' * 16})"
+    assert table.rows[0].differs == "data.mix = {}"
+
+
+def test_a_track_that_fixes_no_corpus_or_fixes_a_mix_counts_runs_on_a_mix():
+    track = SimpleNamespace(
+        name="sotu",
+        target_val_loss=TARGET,
+        scored_in="seconds",
+        significance=SimpleNamespace(rule="t", n=3, alpha=0.05, margin=None, sigma=None),
+    )
+    for data, counts in (
+        ({}, True),
+        ({"tokenizer": "byte"}, True),
+        ({"corpus": "sotu", "mix": {"sotu": 0.7, "novels": 0.3}}, True),
+        ({"corpus": "sotu"}, False),
+        ({"corpus": "sotu", "mix": {}}, False),
+    ):
+        track.fixed = {"data": data} if data else {}
+        (row,) = build_table(TrackView.of(track), mixed()).rows
+        assert row.counts is counts
+
+
+def test_runs_on_one_mix_are_one_row_whatever_its_folders_are_called_and_on_another_are_not():
+    other = [{**A_MIX[0], "share": 0.6}, {**A_MIX[1], "share": 0.4}]
+    of_other_text = [A_MIX[0], {**A_MIX[1], "manifest_sha256": "e" * 64}]
+    records = [
+        *mixed(2),
+        *mixed(1, first=2, mix=A_MIX[::-1], shares={"/data/novels": 3.0, "sotu": 7.0}),
+        *mixed(1, mix=other),
+        *mixed(1, mix=of_other_text),
+        *seeds(1),
+    ]
+    assert sorted(row.n for row in build_table(SOTU, records).rows) == [1, 1, 1, 3]
+
+
+def test_the_next_command_asks_for_no_seed_of_a_row_that_cannot_count():
+    assert next_command(build_table(SOTU, [*seeds(), *mixed(1)]), ["muon"]) == (
+        "nanorun train --track sotu --optim muon --seeds 3 --set KEY=VALUE  # to beat it"
+    )
 
 
 def test_a_run_that_ended_early_is_named_and_not_averaged():
@@ -439,5 +493,6 @@ def test_a_record_of_before_a_key_was_added_stands_in_one_row_with_todays():
 
 def test_the_defaults_of_later_keys_are_the_configs_own():
     values = {"track": "t", "name": "n", "data": {"corpus": "sotu", "tokenizer": "byte"}, "optim": {}}
-    there = flattened(RunConfig.model_validate(values).model_dump())
+    # Unlike `flattened`, an identity holds a table that is empty.
+    there = dict(report._flat(RunConfig.model_validate(values).model_dump()))
     assert {key: there[key] for key in LATER_KEYS} == LATER_KEYS

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from records_samples import a_record
+from records_samples import a_record, on_a_mix
 from runs_samples import a_log, a_logged_run, put_import, put_record, put_run, write_log
 
 from nanorun.errors import UserError
@@ -135,6 +135,22 @@ def test_a_run_without_a_record_says_the_same_as_its_record_would():
         key: same.identity[key] for key in ("hardware", "train.steps", "optim.matrix.lr")
     }
     assert len(read_runs(["runs/a", "runs"]).runs) == 1
+
+
+def test_a_run_on_a_mix_is_told_by_it_with_a_record_and_without():
+    record = a_record(seed=3, **on_a_mix())
+    same = from_record(record, "there")
+    run = read_runs([put_run(Path("runs/a"), record, named=None)]).runs[0]
+    label = f"sotu:0.7 ({'c' * 16}), novels:0.3 ({'d' * 16})"
+    assert (
+        run.corpus["mix"]
+        == same.corpus["mix"]
+        == run.identity["data.mix"]
+        == same.identity["data.mix"]
+        == label
+    )
+    assert not [key for key in (*run.identity, *same.identity) if key.startswith("data.mix.")]
+    assert "mix" not in from_record(a_record(), "there").corpus
 
 
 def test_a_run_that_was_cut_off_is_incomplete_and_one_that_may_stop_says_so():

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records_samples import a_record
+from records_samples import a_record, on_a_mix
 from rich.console import Console
 from runs_samples import a_log, log_text, put_record, write_log
 
@@ -189,6 +189,16 @@ def test_runs_that_could_stop_on_their_own_loss_are_named_and_left_out():
     assert found.n == 2
     assert found.left_out[0].file == "early"
     assert any("1 of 3 runs could stop on their own validation loss" in line for line in found.weaknesses)
+
+
+def test_runs_on_a_mix_are_named():
+    runs = [
+        from_record(a_record(seed=seed, final=1.4 + seed / 100, **on_a_mix()), str(seed)) for seed in (1, 2)
+    ]
+    found = judged(runs, Rule("t", n=2, alpha=0.05), target=1.55)
+    assert "2 of 2 runs trained on a mix of corpora, which a track that fixes its corpus does not count" in (
+        found.weaknesses
+    )
 
 
 def test_logs_that_end_at_their_first_good_loss_at_different_steps_are_suspected():

@@ -354,7 +354,8 @@ def test_a_short_run_on_a_cpu_is_not_compiled_and_a_long_one_is(make_stepper, mo
 
 def test_a_corpus_that_only_the_user_has_is_asked_for_with_the_command(tmp_path):
     with pytest.raises(
-        UserError, match=r"no prepared data of 'text'.*nanorun prepare-data text --tokenizer byte --input"
+        UserError,
+        match=r"no prepared data of 'text'.*nanorun prepare-data text --input PATH --tokenizer byte",
     ):
         train_seeds("text", None, [], 0, 1, {}, QUIET)
     assert not Path("runs").exists()

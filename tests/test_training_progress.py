@@ -55,13 +55,13 @@ def test_a_plain_console_gets_validations_at_once_and_steps_every_ten_seconds(mo
         seconds[0] = 11.0
         shown.train(20, 2.9, 10.0)
         shown.validation(20, 2.5, 10.0)
-        shown.validation(30, 1.75, 15.0)
+        shown.validation(30, 1.75, 15.0, "about 2.5247 bits a byte")
         seconds[0] = 22.0
         shown.train(30, 1.9, 15.0)
     assert out.getvalue().splitlines() == [
         "step 20/100  loss 2.900  2.0k tok/s  10.0 s  ends in 0:40  +0.900 to target (train)",
-        "step 20/100  val loss 2.5000, 0.5000 above the target  10.0 s counted",
-        "step 30/100  val loss 1.7500, 0.2500 below the target  15.0 s counted",
+        "step 20/100  val loss 2.5000 nats, 0.5000 above the target  10.0 s counted",
+        "step 30/100  val loss 1.7500 nats (about 2.5247 bits a byte), 0.2500 below the target  15.0 s counted",
         "step 30/100  loss 1.900  2.0k tok/s  15.0 s  ends in 0:35  -0.250 to target",
     ]
 

@@ -1,11 +1,16 @@
 """One step: the same however it is cut, bounded, harmless when not finite, with masters that keep fp32."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 
+from nanorun.data.batches import token_set
 from nanorun.errors import UserError
+from nanorun.model import GPT
+from nanorun.optim.build import build_optimizers
 from nanorun.training.checkpoint import weights_sha256
 from nanorun.training.distributed import Ranks
 from nanorun.training.step import Stepper
@@ -217,3 +222,19 @@ def test_ranks_take_disjoint_shares_of_the_rows_of_one(make_stepper):
 def test_ranks_that_do_not_divide_the_rows_are_refused(make_stepper):
     with pytest.raises(UserError, match=r"8 rows, which 3 ranks can't share evenly: start a number of ranks"):
         make_stepper(ranks=Ranks(0, 3, 0))
+
+
+def test_a_vocabulary_of_70000_trains(make_stepper):
+    """Its tokens are kept as uint32."""
+    small = make_stepper("train.batch_tokens=128")
+    model = GPT(small.config.model, 70_000)
+    model.initialise(0)
+    optimizers = build_optimizers(model, small.config.optim_by_role)
+    numbers = np.random.default_rng(0).integers(0, 70_000, 3000)
+    tokens = token_set([np.minimum(numbers, np.roll(numbers, 1)).astype(np.uint32)])
+    assert int(tokens.slice(0, 3000).max()) > 2**16
+    stepper = Stepper(model, optimizers, tokens, small.config, device=small.device, ranks=small.ranks)
+    found = losses(stepper, 3)
+    stepper.close()
+    assert found[0] == pytest.approx(math.log(70_000), abs=0.5)
+    assert found[-1] < found[0]

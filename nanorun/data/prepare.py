@@ -1,43 +1,90 @@
-"""Documents to tokens to shards and a manifest, in one folder.
+"""Documents to tokens to shards and a manifest, in one folder, in bounded memory, and safe to interrupt.
 
-The manifest is written last: a folder without one is not a prepared corpus, whatever shards a killed run
-left in it. Preparing the same corpus again finds the manifest, checks the shards against it, and does
-nothing.
+The manifest is written last: a folder without one is not a prepared corpus. Until then a journal beside the shards
+says what is done, and the same command goes on from there: it reads the inputs again up to that place, without
+tokenizing, and finds by their hashes that they are still the same. The shards are byte for byte those of a run that
+was never interrupted, whatever the number of threads.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
-import numpy as np
-
+from nanorun.data.journal import Journal, Progress
+from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
 from nanorun.data.shards import (
     MANIFEST_NAME,
     Manifest,
     ShardEntry,
-    ShardWriter,
-    Tokens,
     cannot_write,
     load_manifest,
     replacing,
     sha256_of,
 )
-from nanorun.data.sources import SPLITS, Document, Source, Split, load_source
-from nanorun.data.tokenizers import Tokenizer, check_tokenizer_name, make_tokenizer
-from nanorun.errors import UserError
+from nanorun.data.sources import (
+    SPLITS,
+    Document,
+    InputFile,
+    Reading,
+    ReadySource,
+    Source,
+    Step,
+    is_ready,
+    load_source,
+)
+from nanorun.data.space import refuse_if_full
+from nanorun.data.tokenizers import (
+    Tokenizer,
+    make_tokenizer,
+    prepare_option,
+    tokenizer_from_manifest,
+    tokenizer_name,
+)
+from nanorun.data.vocabularies import characters, trained_bpe
+from nanorun.data.writing import PARTIAL, SplitWriter, Writer, encode_chunk, finish_name
+from nanorun.errors import Stopped, UserError
+from nanorun.files import locked
 
-SHARD_TOKENS = 100_000_000
-"""At most this many in a shard; a document may run on into the next."""
-BATCH_CHARS = 4_000_000
-"""Documents are tokenized together up to this size, so that threads have something to share."""
-STALE_SECONDS = 600.0
-"""A temporary file that nobody has written to for so long was left by a run that was killed."""
+SCRATCH = ".scratch"
+"""A folder beside the shards for temporary files."""
 
-Progress = Callable[[str, int], None]
+
+@dataclass(frozen=True)
+class Request:
+    """What a corpus is made from and how; what it reads stands in a `Reading`."""
+
+    corpus: str
+    out: Path
+    tokenizer: str | None
+    """As it was asked for: a name or the path of a tokenizer.json; None takes what the corpus says."""
+    tokenizer_name: str
+    """As the manifest will call it: for `--train-bpe 4096` bpe4096."""
+    source: Source | ReadySource
+    reading: Reading
+    keep_duplicates: bool = False
+    train_bpe: int | None = None
+
+    def as_kept(self) -> dict[str, Any]:
+        """Return what two runs must have in common for the second to go on with what the first has begun."""
+        reading = self.reading
+        return {
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer_name,
+            "keep_duplicates": self.keep_duplicates,
+            **{
+                key: getattr(reading, key)
+                for key in ("format", "column", "separator", "skip_bad", "include", "revision")
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -50,196 +97,529 @@ class Prepared:
     """False when everything was there already and nothing was done."""
     seconds: float
     tokens_per_second: float
-    """0.0 when nothing was done."""
+    """Of those that were tokenized now; 0.0 when nothing was done."""
+    duplicates: int = 0
+    """Exact copies of documents that were left out."""
+    skipped: tuple[str, ...] = ()
+    """One line for each thing that `skip_bad` left out, of the first thousand."""
+    n_skipped: int = 0
+    empty: int = 0
+    """Documents without text, passed over."""
+    resumed_at: int = 0
+    """Documents that an interrupted run had done before."""
 
 
 def default_out(corpus: str, tokenizer: str | None = None, root: Path = Path("data")) -> Path:
     """Return the folder for `corpus`: its name, and the tokenizer's where that is not the corpus' default."""
     default = load_source(corpus).DEFAULT_TOKENIZER
-    return root / (corpus if tokenizer in (None, default) else f"{corpus}-{tokenizer}")
+    stem = file_stem(corpus)
+    return root / (stem if tokenizer in (None, default) else f"{stem}-{file_stem(str(tokenizer))}")
 
 
-def prepare(
+def prepare_command(corpus: str, tokenizer: str) -> str:
+    """Return the command that prepares `corpus` in tokens that a manifest calls `tokenizer`."""
+    inputs = " --input PATH" if load_source(corpus).TAKES_INPUT else ""
+    return f"nanorun prepare-data {corpus}{inputs} {prepare_option(tokenizer)}"
+
+
+def file_stem(name: str) -> str:
+    """Return a corpus' or tokenizer's name as files and folders carry it: `OWNER--NAME` for `hub:OWNER/NAME`."""
+    return name.removeprefix("hub:").replace("/", "--")
+
+
+def make_request(
     corpus: str,
     *,
     out: Path,
     tokenizer: str | None = None,
     inputs: Sequence[str] = (),
-    workers: int = 1,
-    on_progress: Progress | None = None,
-) -> Prepared:
-    """Leave the shards `<corpus>_<split>_<number>.bin` and a manifest in `out`, and return what is there.
+    workers: int = 0,
+    keep_duplicates: bool = False,
+    train_bpe: int | None = None,
+    report: Callable[[Step], None] | None = None,
+    **reading: Any,
+) -> Request:
+    """Return a request, checked as far as can be without reading anything; `reading` are fields of `Reading`.
 
-    `on_progress(split, n)` is called as tokens are written, with the number since the last call. A folder
-    that holds anything else than this corpus with this tokenizer, a full disk and a corpus with an empty
-    split are `UserError`s; after those, and after Ctrl-C, nothing that was begun stays.
+    `workers` threads tokenize; 0 takes as many as there are cores, and more than that are not taken.
     """
     source = load_source(corpus)
-    tokenizer_name = tokenizer or source.DEFAULT_TOKENIZER
-    check_tokenizer_name(tokenizer_name)
-    if workers < 1:
-        raise UserError(f"--workers {workers}: expected 1 or more.")
+    if workers < 0:
+        raise UserError(f"--workers {workers}: expected 1 or more, or 0 for as many as there are cores.")
+    if train_bpe is not None and tokenizer is not None:
+        raise UserError(
+            f"--train-bpe {train_bpe} makes a tokenizer, and --tokenizer {tokenizer} names one; give one of them."
+        )
+    if is_ready(source) and train_bpe is not None:
+        raise UserError(f"Corpus {corpus!r} comes as tokens: no tokenizer can be trained on it.")
+    cores = usable_cores()
+    filled = Reading(
+        inputs=tuple(inputs),
+        workers=min(workers or cores, cores),
+        scratch=out / SCRATCH,
+        home=out,
+        **reading,
+    )
+    if report is not None:
+        filled.report = report
+    spec = tokenizer or source.DEFAULT_TOKENIZER
+    name = f"bpe{train_bpe}" if train_bpe else tokenizer_name(spec)
+    return Request(corpus, out, tokenizer, name, source, filled, keep_duplicates, train_bpe)
+
+
+def prepare(corpus: str, *, out: Path, **options: Any) -> Prepared:
+    """Leave the shards `<corpus>_<split>_<number>.bin` and a manifest in `out`, and return what is there.
+
+    The options are those of `make_request`. A folder that holds anything else than this corpus with this tokenizer, a
+    full disk and a corpus with an empty split are `UserError`s. After those and after Ctrl-C, which is `Stopped`, the
+    same call goes on where this one ended; if nothing was done yet, nothing stays.
+    """
+    return carry_out(make_request(corpus, out=out, **options))
+
+
+def carry_out(request: Request) -> Prepared:
+    """Do what `prepare` says, of a request from `make_request`."""
     started = time.perf_counter()
-    source_sha256 = source.source_sha256(inputs)
-    found = _already_there(out, corpus, tokenizer_name, source_sha256)
-    if found:
-        return Prepared(out, found, False, time.perf_counter() - started, 0.0)
+    made = _make_folder(request.out)
+    try:
+        with locked(request.out, on_wait=_say_who_holds(request.reading)):
+            found = _already_there(request)
+            if found:
+                _tidy(request, found)
+                return Prepared(request.out, found, False, time.perf_counter() - started, 0.0)
+            try:
+                done = _make(request)
+            finally:
+                shutil.rmtree(request.reading.scratch, ignore_errors=True)
+                _leave_nothing_of_nothing(request)
+    finally:
+        for folder in made:
+            _remove_if_empty(folder)
+    return replace(done, seconds=time.perf_counter() - started)
 
-    texts = (document.text for split in SPLITS for document in source.documents(split, inputs))
-    chosen = make_tokenizer(tokenizer_name, texts)
-    with ExitStack() as undo:
-        _make_folder(out, undo)
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
-        undo.callback((out / MANIFEST_NAME).unlink, missing_ok=True)
+
+def _make(request: Request) -> Prepared:
+    """Make the shards and the manifest; UserErrors and Ctrl-C say what stays."""
+    out = request.out
+    try:
         _remove_leftovers(out)
-        shards: list[ShardEntry] = []
-        for split in SPLITS:
-            writing = _SplitWriter(out, corpus, split, chosen, on_progress, undo)
-            shards += writing.write(_encoded(source, split, inputs, chosen, workers))
-        manifest = Manifest(corpus, source_sha256, chosen.to_manifest(), tuple(shards))
-        _remove_other_shards(out, corpus, manifest)
-        manifest.write(out)
-        undo.pop_all()
-    seconds = time.perf_counter() - started
-    n_tokens = sum(shard.tokens for shard in shards)
-    return Prepared(out, manifest, True, seconds, n_tokens / seconds)
+        request.reading.scratch.mkdir(exist_ok=True)
+        if is_ready(request.source):
+            manifest = request.source.make_ready(out, request.reading, request.tokenizer)
+            done = Prepared(out, manifest, True, 0.0, 0.0)
+        else:
+            refuse_if_full(request)
+            # From here on the folder is not a prepared corpus.
+            (out / MANIFEST_NAME).unlink(missing_ok=True)
+            done = _Tokenizing(request).run()
+        done.manifest.write(out)
+        _keep_inputs(request, done.manifest)
+    except KeyboardInterrupt:
+        if not (stays := _what_stays(request)):
+            raise
+        raise Stopped(f"stopped. {stays}") from None
+    except UserError as error:
+        raise UserError(
+            f"{error} {'' if is_ready(request.source) else _what_stays(request)}".rstrip()
+        ) from error
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    Journal(out).remove()
+    return done
 
 
-def _already_there(out: Path, corpus: str, tokenizer: str, source_sha256: str) -> Manifest | None:
-    """Return the manifest in `out` if it is of this corpus and its shards are whole; None if there is work.
+def _what_stays(request: Request) -> str:
+    """Return a sentence on what an interrupted run has left, or nothing."""
+    if is_ready(request.source):
+        kept = [path for path in request.out.iterdir() if path.name.endswith((".bin", PARTIAL))]
+        return f"What is whole stays in {request.out}: the same command goes on from there." if kept else ""
+    progress = Journal(request.out).read()
+    if progress is None or not progress.has_begun:
+        return ""
+    return f"{progress.documents:,} documents are done and stay in {request.out}: the same command goes on from there."
+
+
+class _Tokenizing:
+    """Carries one corpus of documents through the tokenizer."""
+
+    def __init__(self, request: Request) -> None:
+        self._request, self._out, self._reading = request, request.out, request.reading
+        self._source = cast(Source, request.source)
+        self._journal = Journal(request.out)
+        self._files = self._source.files(self._reading)
+        self._total = sum(file.size for file in self._files) or None
+        self._stem = file_stem(request.corpus)
+
+    def run(self) -> Prepared:
+        """Tokenize everything, from where an interrupted run ended."""
+        progress = self._taken_up() or self._from_the_beginning()
+        while True:
+            assert progress.tokenizer is not None
+            tokenizer = tokenizer_from_manifest(progress.tokenizer, self._out)
+            reader = Pass(
+                self._source,
+                self._reading,
+                Rule(**progress.rule),
+                keep_duplicates=self._request.keep_duplicates,
+            )
+            started = time.perf_counter()
+            resumed_at = progress.documents
+            n_tokens = self._one_pass(reader, tokenizer, progress)
+            if n_tokens is None:
+                self._tell("read", "the inputs have changed since the interruption: beginning again")
+                progress = self._from_the_beginning()
+            elif (better := self._better_rule(reader)) is not None:
+                progress = self._from_the_beginning(better, progress.tokenizer)
+            else:
+                break
+        rate = n_tokens / (time.perf_counter() - started)
+        entries = self._entries()
+        source_sha256 = self._source.SOURCE_SHA256 or reader.mark.sha256
+        commit = getattr(self._source, "commit", None)
+        revision = commit(self._reading) if commit else None
+        manifest = Manifest(self._request.corpus, source_sha256, tokenizer.to_manifest(), entries, revision)
+        return Prepared(
+            self._out,
+            manifest,
+            True,
+            0.0,
+            rate,
+            reader.duplicates,
+            tuple(self._reading.skipped),
+            self._reading.n_skipped,
+            self._reading.empty,
+            resumed_at,
+        )
+
+    def _taken_up(self) -> Progress | None:
+        """Return how far an interrupted run of the same request came; None where there is nothing to go on with."""
+        progress = self._journal.read()
+        if progress is None:
+            return None
+        wanted = self._request.as_kept()
+        is_other = {key: progress.request.get(key) for key in wanted} != wanted
+        if is_other and not progress.has_begun:
+            return None
+        if is_other:
+            kept = ", ".join(
+                f"{key} {value}" for key, value in progress.request.items() if value and key != "files"
+            )
+            raise UserError(
+                f"{self._out} holds an unfinished preparation of another kind ({kept}); run that command again to "
+                "finish it, choose another --out, or delete that folder."
+            )
+        if not _is_same(progress.request.get("files"), _listing(self._files)):
+            # What was made of all inputs together does not outlive a change of one, and what was finished after the
+            # last mark may hold what is no longer there, or end where there is more now.
+            if progress.rule != asdict(Rule()) or self._vocabulary_is_of_corpus():
+                return None
+            self._take_back(progress)
+        return progress if self._shards_are_whole(progress) else None
+
+    def _take_back(self, progress: Progress) -> None:
+        """Make partial shards again of those that were finished after the last mark."""
+        certain = [
+            entry for entry in progress.shards if self._number(entry) < progress.positions[entry.split].shard
+        ]
+        for entry in progress.shards:
+            path = self._out / entry.file
+            if entry not in certain and path.exists():
+                os.replace(path, path.with_name(path.name + PARTIAL))
+        progress.shards = certain
+
+    def _number(self, entry: ShardEntry) -> int:
+        return int(entry.file.removesuffix(".bin").rpartition("_")[2])
+
+    def _vocabulary_is_of_corpus(self) -> bool:
+        return self._request.train_bpe is not None or self._request.tokenizer_name == "char"
+
+    def _shards_are_whole(self, progress: Progress) -> bool:
+        """Return whether all finished shards are as the journal says; a last renaming is made up for."""
+        for entry in progress.shards:
+            path = self._out / entry.file
+            finish_name(path)
+            if not _is_whole(path, entry):
+                return False
+        return True
+
+    def _from_the_beginning(
+        self, rule: Rule | None = None, tokenizer: dict[str, Any] | None = None
+    ) -> Progress:
+        """Start the journal, with nothing done; make the tokenizer, unless there is one, and its files."""
+        self._forget()
+        if tokenizer is None:
+            made, found = self._make_tokenizer()
+            tokenizer, rule = made.to_manifest(), rule or found
+            for name, content in made.files().items():
+                with replacing(self._out / name) as file:
+                    file.write(content)
+        kept = {**self._request.as_kept(), "files": _listing(self._files)}
+        self._journal.begin(kept, asdict(rule or Rule()), tokenizer)
+        progress = self._journal.read()
+        assert progress is not None
+        return progress
+
+    def _forget(self) -> None:
+        """Remove the journal, and what it speaks of."""
+        self._journal.remove()
+        _remove_shards(self._out, self._stem)
+
+    def _make_tokenizer(self) -> tuple[Tokenizer, Rule | None]:
+        """Return the tokenizer, and the rule of validation where that had to be known first."""
+        request = self._request
+        if request.train_bpe is not None:
+            return self._trained(request.train_bpe)
+        if request.tokenizer_name != "char":
+            return make_tokenizer(request.tokenizer or self._source.DEFAULT_TOKENIZER), None
+        self._reading.restart()
+        counted = characters(document.text for document in self._documents("count characters"))
+        return make_tokenizer("char", [counted]), None
+
+    def _documents(self, stage: str) -> Iterator[Document]:
+        told = 0
+        for document in self._source.documents(self._reading):
+            if self._reading.bytes_done - told > CHUNK_BYTES:
+                told = self._reading.bytes_done
+                self._tell(stage)
+            yield document
+
+    def _trained(self, vocab_size: int) -> tuple[Tokenizer, Rule]:
+        """Return a tokenizer trained on the training split, and the rule that says which that is."""
+        keep = self._request.keep_duplicates
+        counting = Pass(self._source, self._reading, keep_duplicates=keep)
+        self._drain(counting, "count documents")
+        rule = self._better_rule(counting) or Rule()
+        reader = Pass(self._source, self._reading, rule, keep_duplicates=keep)
+        texts = (
+            piece.text
+            for chunk in reader.chunks()
+            for piece in self._telling("train tokenizer", chunk.pieces)
+            if piece.split == "train"
+        )
+        return trained_bpe(texts, vocab_size), rule
+
+    def _better_rule(self, reader: Pass) -> Rule | None:
+        try:
+            return reader.better_rule()
+        except ValueError as error:
+            split = "training" if str(error) == "train" else "validation"
+            self._forget()
+            raise UserError(
+                f"Corpus {self._request.corpus!r} has no text for its {split} split; it needs a longer text, or "
+                "several documents."
+            ) from None
+
+    def _drain(self, reader: Pass, stage: str) -> None:
+        for chunk in reader.chunks():
+            self._telling(stage, chunk.pieces)
+
+    def _one_pass(self, reader: Pass, tokenizer: Tokenizer, progress: Progress) -> int | None:
+        """Tokenize all that the journal does not know; return how many tokens that were.
+
+        None if what the journal knows is not what is read now. Where the pass has left a split empty, nothing is
+        finished: another pass follows.
+        """
+        try:
+            writers = {
+                split: SplitWriter(self._out, self._stem, tokenizer, progress, split) for split in SPLITS
+            }
+        except (OSError, ValueError):
+            return None
+        workers = self._reading.workers
+        writer = Writer(writers, self._journal, in_flight=workers + 2)
+        known = progress.documents
+        started = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for chunk in reader.chunks(pause_at=known):
+                    if reader.documents <= known:
+                        if (
+                            chunk.mark
+                            and chunk.mark.documents == known
+                            and chunk.mark.sha256 != progress.sha256
+                        ):
+                            return None
+                        self._tell("read again", "what is done already")
+                        continue
+                    writer.put(pool.submit(encode_chunk, chunk.pieces, tokenizer), chunk.mark)
+                    self._tell_rate(writer, started)
+                if reader.documents < known:
+                    return None
+                if all(reader.kept.values()):
+                    writer.finish()
+                self._tell_rate(writer, started)
+            finally:
+                writer.close()
+        return writer.n_tokens
+
+    def _tell_rate(self, writer: Writer, started: float) -> None:
+        rate = writer.n_tokens / (time.perf_counter() - started)
+        self._tell("tokenize", f"{short_count(rate)} tokens/s")
+
+    def _entries(self) -> tuple[ShardEntry, ...]:
+        """Return all finished shards, those to train on first."""
+        progress = self._journal.read()
+        assert progress is not None
+        found = {(entry.split, entry.file): entry for entry in progress.shards}
+        return tuple(
+            found[key] for key in sorted(found, key=lambda key: (SPLITS.index(cast(Any, key[0])), key[1]))
+        )
+
+    def _telling(self, stage: str, pieces: list[Any]) -> list[Any]:
+        self._tell(stage)
+        return pieces
+
+    def _tell(self, stage: str, note: str = "") -> None:
+        self._reading.report(Step(stage, self._reading.bytes_done, self._total, "bytes", note))
+
+
+def short_count(value: float) -> str:
+    """Return a count as people say it: 2.6M, 812,345."""
+    return f"{value / 1e6:.1f}M" if value >= 1e6 else f"{value:,.0f}"
+
+
+def _already_there(request: Request) -> Manifest | None:
+    """Return the manifest in the folder if it is of what is asked for and its shards are whole; None if not.
 
     A manifest of anything else is a `UserError`: what the user keeps there is not ours to overwrite.
     """
+    out = request.out
     if not (out / MANIFEST_NAME).exists():
         return None
     manifest = load_manifest(out)
     held = (manifest.corpus, str(manifest.tokenizer["name"]))
-    if held != (corpus, tokenizer):
+    wanted = (request.corpus, request.tokenizer_name)
+    if is_ready(request.source):
+        if held[0] != wanted[0] or (request.tokenizer and held[1] != wanted[1]):
+            raise _holds_another(out, held, wanted)
+        return manifest if request.source.is_current(out, manifest, request.reading) else None
+    if held != wanted:
+        raise _holds_another(out, held, wanted)
+    if not _is_of_these_inputs(request, request.source, manifest):
         raise UserError(
-            f"{out} already holds corpus {held[0]!r} with tokenizer {held[1]!r}, not {corpus!r} with "
-            f"{tokenizer!r}; choose another --out or delete that folder."
-        )
-    if manifest.source_sha256 != source_sha256:
-        raise UserError(
-            f"{out} already holds corpus {corpus!r}, made from other texts than those given now; "
+            f"{out} already holds corpus {request.corpus!r}, made from other texts than those given now; "
             "choose another --out or delete that folder."
         )
-    whole = all(_is_whole(out / shard.file, shard) for shard in manifest.shards)
-    return manifest if whole else None
+    return manifest if all(_is_whole(out / shard.file, shard) for shard in manifest.shards) else None
+
+
+def _holds_another(out: Path, held: tuple[str, str], wanted: tuple[str, str]) -> UserError:
+    return UserError(
+        f"{out} already holds corpus {held[0]!r} with tokenizer {held[1]!r}, not {wanted[0]!r} with "
+        f"{wanted[1]!r}; choose another --out or delete that folder."
+    )
+
+
+def _is_of_these_inputs(request: Request, source: Source, manifest: Manifest) -> bool:
+    """Return whether a manifest's texts are those given now; they are read again only where their files changed."""
+    if source.SOURCE_SHA256 is not None:
+        source.files(request.reading)  # refuses inputs
+        return manifest.source_sha256 == source.SOURCE_SHA256
+    kept = _kept_inputs(request.out)
+    now = {**request.as_kept(), "manifest": manifest.sha256}
+    if {key: kept.get(key) for key in now} == now and _is_same(
+        kept.get("files"), _listing(source.files(request.reading))
+    ):
+        return True
+    reader = Pass(source, request.reading, keep_duplicates=request.keep_duplicates)
+    request.reading.scratch.mkdir(exist_ok=True)
+    total = sum(file.size for file in source.files(request.reading)) or None
+    try:
+        for _ in reader.chunks():
+            request.reading.report(Step("compare", request.reading.bytes_done, total, "bytes"))
+    finally:
+        shutil.rmtree(request.reading.scratch, ignore_errors=True)
+    return reader.mark.sha256 == manifest.source_sha256
+
+
+INPUTS_NAME = "inputs.json"
+"""Which files a corpus was made from, beside its manifest: names, sizes and dates, of this machine alone."""
+
+
+def _listing(files: Sequence[InputFile]) -> list[list[Any]]:
+    return [[file.name, file.size, file.version] for file in files]
+
+
+def _is_same(kept: Any, listing: list[list[Any]]) -> bool:
+    """Return whether a kept listing is that of the same files, none of them of unknown content."""
+    return bool(kept == listing and all(version for _, _, version in listing))
+
+
+def _keep_inputs(request: Request, manifest: Manifest) -> None:
+    if is_ready(request.source) or request.source.SOURCE_SHA256 is not None:
+        return
+    files = request.source.files(request.reading)
+    kept = {**request.as_kept(), "manifest": manifest.sha256, "files": _listing(files)}
+    with replacing(request.out / INPUTS_NAME) as file:
+        file.write(json.dumps(kept).encode())
+
+
+def _tidy(request: Request, manifest: Manifest) -> None:
+    """Do what a run has left undone that was killed after it had written the manifest."""
+    _remove_leftovers(request.out)
+    Journal(request.out).remove()
+    if _kept_inputs(request.out).get("manifest") != manifest.sha256:
+        _keep_inputs(request, manifest)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete the temporary files of runs that were killed; the folder is locked, so no other run has any here."""
+    for pattern in ("*.json.*.tmp", "*.bin.*.tmp"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _kept_inputs(out: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads((out / INPUTS_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _is_whole(path: Path, shard: ShardEntry) -> bool:
     return path.is_file() and sha256_of(path) == shard.sha256
 
 
-def _encoded(
-    source: Source, split: Split, inputs: Sequence[str], tokenizer: Tokenizer, workers: int
-) -> Iterator[list[Tokens]]:
-    """Yield the documents' tokens, a batch of documents at a time, none with its end-of-text token yet."""
-    batch: list[Document] = []
-    n_chars = 0
-    for document in source.documents(split, inputs):
-        batch.append(document)
-        n_chars += len(document.text)
-        if n_chars >= BATCH_CHARS:
-            yield tokenizer.encode_batch([d.text for d in batch], workers)
-            batch, n_chars = [], 0
-    if batch:
-        yield tokenizer.encode_batch([d.text for d in batch], workers)
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
 
 
-class _SplitWriter:
-    """Cuts one split's tokens into shards. What it has written is undone by `undo`."""
-
-    def __init__(
-        self,
-        out: Path,
-        corpus: str,
-        split: Split,
-        tokenizer: Tokenizer,
-        on_progress: Progress | None,
-        undo: ExitStack,
-    ) -> None:
-        self._out, self._corpus, self._split, self._undo = out, corpus, split, undo
-        self._tokenizer = tokenizer
-        self._on_progress = on_progress or (lambda split, n_tokens: None)
-
-    def write(self, batches: Iterator[list[Tokens]]) -> list[ShardEntry]:
-        """Write all shards of the split and return their entries."""
-        pieces = self._pieces(batches)
-        entries: list[ShardEntry] = []
-        piece = next(pieces, None)
-        if piece is None:
-            raise UserError(
-                f"Corpus {self._corpus!r} has no text for its "
-                f"{'validation' if self._split == 'val' else 'training'} "
-                "split; it needs a longer text, or several files."
-            )
-        while piece is not None:
-            path = self._out / f"{self._corpus}_{self._split}_{len(entries):06d}.bin"
-            entry, piece = self._write_one(path, piece, pieces)
-            entries.append(entry)
-        return entries
-
-    def _write_one(
-        self, path: Path, piece: tuple[Tokens, bool] | None, pieces: Iterator[tuple[Tokens, bool]]
-    ) -> tuple[ShardEntry, tuple[Tokens, bool] | None]:
-        """Write one shard, beginning with `piece`; return its entry and what is left for the next."""
-        n_bytes = n_documents = 0
-        with replacing(path) as file:
-            writer = ShardWriter(file)
-            while piece is not None and writer.n_tokens < SHARD_TOKENS:
-                tokens, begins = piece
-                room = SHARD_TOKENS - writer.n_tokens
-                fitting, rest = tokens[:room], tokens[room:]
-                writer.append(fitting)
-                n_bytes += self._tokenizer.bytes_of(fitting)
-                n_documents += begins
-                self._on_progress(self._split, len(fitting))
-                piece = (rest, False) if len(rest) else next(pieces, None)
-            writer.finish()
-        self._undo.callback(path.unlink, missing_ok=True)
-        entry = ShardEntry(path.name, self._split, writer.n_tokens, n_bytes, n_documents, sha256_of(path))
-        return entry, piece
-
-    def _pieces(self, batches: Iterator[list[Tokens]]) -> Iterator[tuple[Tokens, bool]]:
-        """Yield (tokens, whether a document begins with them), the end-of-text token before each document."""
-        eot = self._tokenizer.eot
-        for batch in batches:
-            for tokens in batch:
-                if eot is not None:
-                    tokens = np.concatenate([np.array([eot], dtype=np.uint16), tokens])
-                if len(tokens):
-                    yield tokens, True
-
-
-def _make_folder(out: Path, undo: ExitStack) -> None:
-    """Create `out`; folders that were not there before go again if `undo` runs and they are empty."""
+def _make_folder(out: Path) -> list[Path]:
+    """Create `out`; return the folders that were not there before, the innermost first."""
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error
-    for folder in reversed(missing):
-        undo.callback(_remove_if_empty, folder)
+    return missing
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    with suppress(OSError):
         folder.rmdir()
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Delete temporary files of runs that were killed; a younger one may belong to a run beside this one."""
-    for path in (*out.glob("*.bin.*.tmp"), *out.glob(f"{MANIFEST_NAME}.*.tmp")):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+def _leave_nothing_of_nothing(request: Request) -> None:
+    """Remove what a run has left that ended before there was anything to go on with."""
+    progress = Journal(request.out).read()
+    if progress is not None and not progress.has_begun:
+        Journal(request.out).remove()
+        _remove_shards(request.out, file_stem(request.corpus))
 
 
-def _remove_other_shards(out: Path, corpus: str, manifest: Manifest) -> None:
-    """Delete shards of an earlier, interrupted preparation that this one has not overwritten."""
-    ours = {shard.file for shard in manifest.shards}
+def _remove_shards(out: Path, stem: str) -> None:
+    """Delete the shards, whole and partial, of an earlier preparation."""
     for split in SPLITS:
-        for path in out.glob(f"{corpus}_{split}_[0-9][0-9][0-9][0-9][0-9][0-9].bin"):
-            if path.name not in ours:
+        number = "[0-9]" * 6
+        for pattern in (f"{stem}_{split}_{number}.bin", f"{stem}_{split}_{number}.bin{PARTIAL}"):
+            for path in out.glob(pattern):
                 path.unlink()
+
+
+def _say_who_holds(reading: Reading) -> Callable[[str], None]:
+    return lambda holder: reading.report(Step("wait", 0, None, "bytes", f"{holder} prepares a corpus there"))

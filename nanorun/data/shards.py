@@ -1,7 +1,8 @@
 """Shards of tokens on disk, and the manifest that says what they are.
 
-A shard is 256 little-endian int32 (20240520, 1, token count, zeros) and then uint16 tokens: what llm.c and
-modded-nanogpt read and write. `manifest.json` beside the shards names corpus, tokenizer and source, and for
+A shard is 256 little-endian int32 and then tokens: 20240520, 1, token count, zeros before uint16 tokens, what
+llm.c and modded-nanogpt read and write; 20240801, 7, token count, zeros before uint32 tokens, llm.c's form for
+vocabularies above 65,536. `manifest.json` beside the shards names corpus, tokenizer and source, and for
 each shard its tokens, bytes of text, documents and sha256. It holds neither dates nor paths, so its own
 sha256 is the identity of a prepared corpus on any machine.
 """
@@ -25,13 +26,30 @@ from nanorun.errors import UserError
 
 MAGIC = 20240520
 SHARD_VERSION = 1
+WIDE_MAGIC = 20240801
+WIDE_VERSION = 7
+MOST_NARROW = 1 << 16
+"""Entries of the largest vocabulary whose tokens are kept as uint16."""
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 PREPARE_AGAIN = "delete the folder and run `nanorun prepare-data` again"
 
-Tokens = npt.NDArray[np.uint16]
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the little-endian type that shards of a vocabulary hold: uint16, or uint32 above 65,536 entries."""
+    return np.dtype("<u2" if vocab_size <= MOST_NARROW else "<u4")
+
+
+def shard_header(n_tokens: int, dtype: np.dtype[Any]) -> bytes:
+    """Return the 1,024 bytes before `n_tokens` tokens of `dtype`, which is one of `token_dtype`'s."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    kind = (MAGIC, SHARD_VERSION) if dtype.itemsize == 2 else (WIDE_MAGIC, WIDE_VERSION)
+    header[:3] = *kind, n_tokens
+    return header.tobytes()
 
 
 @contextmanager
@@ -64,36 +82,16 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-class ShardWriter:
-    """Writes one shard's tokens as they come, into a file from `replacing`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.n_tokens = 0
-        file.write(bytes(HEADER_BYTES))
-
-    def append(self, tokens: Tokens) -> None:
-        self._file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
-        self.n_tokens += len(tokens)
-
-    def finish(self) -> None:
-        """Write the header, whose count is known only now."""
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = MAGIC, SHARD_VERSION, self.n_tokens
-        self._file.seek(0)
-        self._file.write(header.data)
-
-
 def write_shard(path: Path, tokens: Tokens) -> None:
-    """Write `tokens` as a shard at `path`, whole or not at all."""
+    """Write `tokens`, uint16 or uint32, as a shard at `path`, whole or not at all."""
+    dtype = np.dtype("<u4" if tokens.dtype.itemsize == 4 else "<u2")
     with replacing(path) as file:
-        writer = ShardWriter(file)
-        writer.append(tokens)
-        writer.finish()
+        file.write(shard_header(len(tokens), dtype))
+        file.write(np.ascontiguousarray(tokens, dtype=dtype).data)
 
 
-def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.dtype[np.uint16]]:
-    """Return the tokens of a shard, mapped from disk.
+def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
+    """Return the tokens of a shard, uint16 or uint32, mapped from disk.
 
     `UserError` if it is not a shard, of another version, truncated or too long, or (given `vocab_size`)
     holds a token at or beyond it.
@@ -105,22 +103,23 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.d
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}.") from error
     magic, version, n_tokens = (int(value) for value in header[:3])
-    if magic != MAGIC:
+    if magic not in (MAGIC, WIDE_MAGIC):
         raise UserError(
-            f"{path}: not a token shard: it begins with {magic}, expected {MAGIC}; {PREPARE_AGAIN}."
+            f"{path}: not a token shard: it begins with {magic}, expected {MAGIC} or {WIDE_MAGIC}; {PREPARE_AGAIN}."
         )
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, expected {SHARD_VERSION}; {PREPARE_AGAIN}.")
+    wanted_version, dtype = (SHARD_VERSION, "<u2") if magic == MAGIC else (WIDE_VERSION, "<u4")
+    if version != wanted_version:
+        raise UserError(f"{path}: shard version {version}, expected {wanted_version}; {PREPARE_AGAIN}.")
     if n_tokens <= 0:
         raise UserError(f"{path}: the shard holds no tokens; {PREPARE_AGAIN}.")
-    expected = HEADER_BYTES + 2 * n_tokens
+    expected = HEADER_BYTES + np.dtype(dtype).itemsize * n_tokens
     if size != expected:
         fault = "truncated" if size < expected else "too long"
         raise UserError(
             f"{path}: {fault}: {size:,} bytes, but its header's {n_tokens:,} tokens take {expected:,}; "
             f"{PREPARE_AGAIN}."
         )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+    tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
         raise UserError(
             f"{path}: token {largest} at place {int(tokens.argmax())} is beyond the vocabulary, whose ids "
@@ -161,6 +160,8 @@ class Manifest:
     tokenizer: dict[str, Any]
     """name, vocab_size, eot, and for `char` its chars."""
     shards: tuple[ShardEntry, ...]
+    revision: str | None = None
+    """Commit of the repository on the hub that it all came from; a manifest without one does not mention it."""
 
     def of_split(self, split: str) -> list[ShardEntry]:
         """Return the shards of one split, in order."""
@@ -186,7 +187,10 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
-        return {"format_version": MANIFEST_VERSION, **asdict(self)}
+        content = {"format_version": MANIFEST_VERSION, **asdict(self)}
+        if self.revision is None:
+            del content["revision"]
+        return content
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into `folder`, whole or not at all."""
@@ -236,4 +240,11 @@ def _manifest_of(content: dict[str, Any]) -> Manifest:
             raise ValueError(f"{shard.file!r} is not a plain file name")
     tokenizer = dict(content["tokenizer"])
     int(tokenizer["vocab_size"])
-    return Manifest(str(content["corpus"]), str(content["source_sha256"]), tokenizer, shards)
+    revision = content.get("revision")
+    return Manifest(
+        str(content["corpus"]),
+        str(content["source_sha256"]),
+        tokenizer,
+        shards,
+        None if revision is None else str(revision),
+    )

@@ -34,6 +34,7 @@ from nanorun.records.record import (
     check_sense,
     field_checks,
     holds_import,
+    plain_fields,
     read_record,
     track_folders,
     visible_folders,
@@ -211,7 +212,7 @@ class _Pool:
         """Where a value lies in the pool, put there if it is new."""
         # The address is only a short cut: the record that holds the value outlives the pool.
         if id(value) not in self._by_id:
-            plain = vars(value) if dataclasses.is_dataclass(value) else value
+            plain = plain_fields(value) if dataclasses.is_dataclass(value) else value
             text = f"{name} {json.dumps(plain)}"
             if text not in self._by_text:
                 self._by_text[text] = len(self.values)

@@ -432,8 +432,10 @@ def _machine_facts(record: Record) -> list[tuple[str, str]]:
 
 def _origin_facts(record: Record) -> list[tuple[str, str]]:
     corpus, code = record.corpus, record.code
+    mixed = [("trained on a mix", corpus.mix_label)] if corpus.mix else []
     facts = [
         ("corpus", f"{corpus.name}, {corpus.tokenizer}, {corpus.vocab_size:,} tokens in the vocabulary"),
+        *mixed,
         ("training tokens", f"{corpus.train_tokens:,}"),
         ("validation tokens", f"{record.validation_tokens:,} of {corpus.val_tokens:,}"),
         ("corpus manifest", corpus.manifest_sha256[:16]),

@@ -70,8 +70,18 @@ class Reached:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixedCorpus:
+    """One of several corpora that a run trained on."""
+
+    name: str
+    share: float
+    """Of the run's rows; those of a mix add up to 1."""
+    manifest_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The data a run trained on, by the hash of its manifest."""
+    """The data a run was made on, by the hash of its manifest."""
 
     name: str
     tokenizer: str
@@ -79,6 +89,14 @@ class Corpus:
     manifest_sha256: str
     train_tokens: int
     val_tokens: int
+    mix: tuple[MixedCorpus, ...] = ()
+    """What the run trained on instead, where it was a mix of corpora; it was validated on this one all the same."""
+
+    @property
+    def mix_label(self) -> str:
+        """The mix in one short text, the largest share first; runs whose labels differ are never averaged."""
+        ordered = sorted(self.mix, key=lambda one: (-one.share, one.manifest_sha256))
+        return ", ".join(f"{one.name}:{one.share:.9g} ({one.manifest_sha256[:16]})" for one in ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +211,19 @@ class Record:
         out: dict[str, Any] = {}
         for name in _names_of(Record):
             value = getattr(self, name)
-            out[name] = vars(value).copy() if dataclasses.is_dataclass(value) else value
+            out[name] = plain_fields(value) if dataclasses.is_dataclass(value) else value
         out["validation"] = [point._asdict() for point in self.validation]
         return out
+
+
+def plain_fields(value: Any) -> dict[str, Any]:
+    """Return a part of a record as JSON has it; a corpus without a mix does not name one."""
+    fields: dict[str, Any] = vars(value).copy()
+    if isinstance(value, Corpus):
+        del fields["mix"]
+        if value.mix:
+            fields["mix"] = [vars(one).copy() for one in value.mix]
+    return fields
 
 
 class Skipped(NamedTuple):
@@ -406,6 +434,8 @@ def _check_words(record: Record) -> None:
         raise RecordError(f"is {_shown(record.created)}; wanted UTC such as 2026-11-24T12:30:00Z", "created")
     if record.hardware.device not in ("cpu", "cuda"):
         raise RecordError(f"is {_shown(record.hardware.device)}; wanted cpu or cuda", "hardware.device")
+    if any(not 0 < one.share <= 1 for one in record.corpus.mix):
+        raise RecordError("holds a share that is not above 0 and at most 1", "corpus.mix")
     if record.code.patch not in (None, "source.patch"):
         raise RecordError(f"is {_shown(record.code.patch)}; wanted null or source.patch", "code.patch")
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MACHINE_ONLY = ("seed", "train.micro_batch_rows", "train.compile", "train.checkpoint_activations")
 """Config keys that change how a run is computed and not what it computes, up to rounding."""
 MACHINE_ONLY_TABLES = ("checkpoint.", "log.")
-LATER_KEYS = {
+LATER_KEYS: dict[str, Any] = {
+    "data.mix": {},
     "train.cycles": 1,
     "average.kind": "none",
     "average.every_steps": 10,
@@ -48,13 +49,17 @@ class TrackView:
     scored_in: str
     """`seconds`, `steps` or `tokens` at the declared last step."""
     rule: Rule
+    mixes_count: bool = False
+    """Runs on a mix of corpora may count: the track leaves the corpus free, or fixes the mix."""
 
     @classmethod
     def of(cls, track: Any) -> TrackView:
         """The view of anything with the attributes of `nanorun.tracks.Track`."""
         asked = track.significance
         rule = Rule(rule=asked.rule, n=asked.n, alpha=asked.alpha, margin=asked.margin, sigma=asked.sigma)
-        return cls(track.name, track.target_val_loss, track.scored_in, rule)
+        data = getattr(track, "fixed", {"data": {"corpus": ""}}).get("data", {})
+        mixes_count = "corpus" not in data or bool(data.get("mix"))
+        return cls(track.name, track.target_val_loss, track.scored_in, rule, mixes_count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,13 +220,22 @@ def identity(record: Record) -> dict[str, Any]:
     """All that two runs of one row have in common, the name aside, under dotted names."""
     outside = {"outside optimizer": record.code.outside} if record.code.outside else {}
     return {
-        **config_identity(record.config),
+        **with_mix(config_identity(record.config), record.corpus.mix_label),
         **outside,
         "train.steps": record.declared_steps,
         "hardware": record.hardware.label,
         "corpus manifest": record.corpus.manifest_sha256,
         "validation tokens": record.validation_tokens,
         "target": record.target_val_loss,
+    }
+
+
+def with_mix(config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Return a config's identity with its mix by what the corpora hold: their names and folders may differ."""
+    if not label:
+        return dict(config)
+    return {key: value for key, value in config.items() if not key.startswith("data.mix.")} | {
+        "data.mix": label
     }
 
 
@@ -258,6 +272,15 @@ def _usual_measurement(records: Sequence[Record]) -> tuple[str, int] | None:
 def is_full(record: Record) -> bool:
     """Whether the run's last loss is a fair sample at the declared last step."""
     return record.completed and not record.stop_at_target
+
+
+def why_not_its_corpus(record: Record, track: TrackView) -> str:
+    """Return why a run does not count on a track for what it trained on; empty where that is no reason."""
+    if not record.corpus.mix or track.mixes_count:
+        return ""
+    ordered = sorted(record.corpus.mix, key=lambda one: (-one.share, one.name))
+    parts = ", ".join(f"{one.name} {100 * one.share:.4g} %" for one in ordered)
+    return f"trained on a mix of corpora ({parts}), and the track fixes its corpus"
 
 
 def final_losses(records: Iterable[Record]) -> list[float]:
@@ -330,8 +353,12 @@ def _mean_or_none(values: Sequence[float]) -> float | None:
 def _verdict(
     group: Sequence[Record], losses: Sequence[float], track: TrackView, usual: tuple[str, int] | None
 ) -> Verdict:
-    """The rule's verdict, and never a pass for losses of another measurement than the track's other rows."""
+    """The rule's verdict, and never a pass for other training data than the track's, nor for losses of another
+    measurement than its other rows."""
     verdict = judge(track.rule, losses, track.target_val_loss)
+    mixed = why_not_its_corpus(group[0], track)
+    if mixed:
+        return dataclasses.replace(verdict, passes=False, why=mixed)
     if _measurement(group[0]) == usual:
         return verdict
     return dataclasses.replace(
@@ -567,7 +594,10 @@ def next_command(table: Table, presets: Sequence[str], place: str = "") -> str:
     `place` is the option that says where records lie, if they lie elsewhere.
     """
     name, wanted = clean(table.track.name), table.track.rule.n
-    lacking = next((row for row in table.rows if row.n < wanted and row.preset in presets), None)
+    may_count = [
+        row for row, group in zip(table.rows, table.runs) if not why_not_its_corpus(group[0], table.track)
+    ]
+    lacking = next((row for row in may_count if row.n < wanted and row.preset in presets), None)
     absent = [preset for preset in presets if preset not in {row.preset for row in table.rows}]
     if lacking:
         more = f"--seed {lacking.next_seed} --seeds {wanted - lacking.n}"

@@ -23,14 +23,17 @@ from nanorun.records.imported import ImportedRun, read_import, read_imported, ru
 from nanorun.records.logs import LoggedRun, SkippedLog
 from nanorun.records.record import (
     IMPORT_FILE,
+    Corpus,
+    MixedCorpus,
     Record,
     RecordError,
     holds_import,
+    read_fields,
     read_record,
     read_records,
     visible_folders,
 )
-from nanorun.records.report import TrackView, build_table, config_identity, identity
+from nanorun.records.report import TrackView, build_table, config_identity, identity, with_mix
 from nanorun.records.significance import LARGEST_LOSS
 from nanorun.tables import flattened, read_toml
 
@@ -281,7 +284,7 @@ def from_record(record: Record, file: str) -> ComparedRun:
         created=record.created,
         track=record.track,
         target=record.target_val_loss,
-        corpus=vars(record.corpus),
+        corpus=_corpus_of(record.corpus),
         validation_tokens=record.validation_tokens,
         hardware={"hardware": record.hardware.label, "memory_gib": record.hardware.memory_gib},
         software=vars(record.software),
@@ -292,6 +295,12 @@ def from_record(record: Record, file: str) -> ComparedRun:
         if record.validation_left_out
         else (),
     )
+
+
+def _corpus_of(corpus: Corpus) -> dict[str, Any]:
+    """What a record says of its corpus, a mix as one text."""
+    fields = {**vars(corpus), "mix": corpus.mix_label}
+    return fields if corpus.mix else {key: value for key, value in fields.items() if key != "mix"}
 
 
 def _in_order(points: Iterable[Reading]) -> tuple[Reading, ...]:
@@ -407,6 +416,7 @@ def _placed(run: ComparedRun, track: object, state: Mapping[str, Any]) -> Compar
     """The run with its track's target, and with what a checkpoint says of its machine, data and code."""
     outcome, choices = _table(state.get("outcome")), _table(state.get("choices"))
     hardware, corpus = _text(choices.get("hardware")), _text(state.get("corpus_sha256"))
+    mix = _mix_label(state.get("mix"))
     tokens = _whole(outcome.get("validation_tokens"))
     known = track if isinstance(track, str) and is_track_name(track) else None
     target = _target_of(known)
@@ -418,15 +428,24 @@ def _placed(run: ComparedRun, track: object, state: Mapping[str, Any]) -> Compar
     }
     return dataclasses.replace(
         run,
-        identity={**run.identity, **measured},
+        identity={**with_mix(run.identity, mix), **measured},
         track=known,
         target=target,
-        corpus={} if corpus is None else {"manifest_sha256": corpus},
+        corpus={} if corpus is None else {"manifest_sha256": corpus, **({"mix": mix} if mix else {})},
         validation_tokens=tokens,
         hardware={} if hardware is None else {"hardware": hardware},
         software={key: choices[key] for key in ("torch", "compiled") if key in choices},
         code=_table(outcome.get("code")),
     )
+
+
+def _mix_label(mix: object) -> str:
+    """The mix that a checkpoint was trained on, as a record labels it; empty for none, and for nonsense."""
+    try:
+        parts = tuple(read_fields(MixedCorpus, one) for one in mix) if isinstance(mix, list) else ()
+    except RecordError:
+        return ""
+    return Corpus("", "", 0, "", 0, 0, parts).mix_label
 
 
 def _record_of(result: Mapping[str, Any], options: Mapping[str, Any]) -> ComparedRun | None:

@@ -14,7 +14,7 @@ from statistics import median
 
 from nanorun.errors import UserError
 from nanorun.records.record import Record
-from nanorun.records.report import TrackView, crossing_of, ranked_groups
+from nanorun.records.report import TrackView, crossing_of, ranked_groups, why_not_its_corpus
 
 COLUMNS = ("submission", "workload", "seconds")
 OPTIONAL = ("study", "budget")
@@ -211,7 +211,10 @@ def of_records(tracks: Sequence[TrackView], records: Sequence[Record], *, hardwa
     for track in tracks:
         groups: dict[str, list[Sequence[Record]]] = {}
         for row, group in ranked_groups(track, kept):
-            groups.setdefault(row.preset, []).append(group)
+            if mixed := why_not_its_corpus(group[0], track):
+                notes.append(f"{row.name} on {track.name} is left out: {mixed}")
+            else:
+                groups.setdefault(row.preset, []).append(group)
         if not groups:
             raise UserError(
                 f"no records of track {track.name!r}"

@@ -272,6 +272,12 @@ def _weaknesses(
     stopped = sum(run.stops_on_loss for run in group.runs)
     if stopped:
         yield f"{stopped} of {len(group.runs)} runs could stop on their own validation loss, and are left out"
+    mixed = sum("mix" in run.corpus for run in runs)
+    if mixed:
+        yield (
+            f"{mixed} of {len(runs)} runs trained on a mix of corpora, which a track that fixes its corpus does not "
+            "count"
+        )
     early = _ended_at_the_target(group.runs, claim)
     if early:
         yield (

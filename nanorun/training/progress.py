@@ -55,13 +55,14 @@ class RunProgress:
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
             self._plain(line)
 
-    def validation(self, step: int, val_loss: float, seconds: float) -> None:
-        """Show a validation, on a line that stays."""
+    def validation(self, step: int, val_loss: float, seconds: float, bits: str = "") -> None:
+        """Show a validation, on a line that stays; `bits` is the same loss in bits a byte, in words."""
         self._val_loss = val_loss
         gap = val_loss - self._target
         where = f"{gap:.4f} above" if gap > 0 else f"{-gap:.4f} below"
         self._plain(
-            f"step {step}/{self._steps}  val loss {val_loss:.4f}, {where} the target  {seconds:.1f} s counted"
+            f"step {step}/{self._steps}  val loss {val_loss:.4f} nats{f' ({bits})' if bits else ''}, {where} the "
+            f"target  {seconds:.1f} s counted"
         )
 
     def _plain(self, line: str) -> None:

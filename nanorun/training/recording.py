@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import math
 from pathlib import Path
 from typing import Any
 
 from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
 from nanorun.tables import to_toml
 from nanorun.training import machine
-from nanorun.training.setup import Run, read_patch
+from nanorun.training.setup import Run, mix_of, read_patch
 
 
 def write(run: Run, result: dict[str, Any]) -> Path:
@@ -47,22 +46,22 @@ def write(run: Run, result: dict[str, Any]) -> Path:
 
 
 def _corpus(run: Run) -> dict[str, Any]:
-    manifest = run.stepper.tokens.manifest
+    manifest, mix = run.validation_tokens.manifest, mix_of(run)
     assert manifest is not None
     return {
         "name": run.config.data.corpus,
         "tokenizer": run.config.data.tokenizer,
         "vocab_size": manifest.vocab_size,
         "manifest_sha256": manifest.sha256,
-        "train_tokens": run.stepper.tokens.n_tokens,
+        "train_tokens": manifest.n_tokens("train"),
         "val_tokens": run.validation_tokens.n_tokens,
+        **({"mix": mix} if mix else {}),
     }
 
 
 def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """Return what was measured: losses, times, memory, and the weights it began and ended with."""
     outcome, steps = run.outcome, result["steps"]
-    bytes_per_token = run.validation_tokens.n_bytes / run.validation_tokens.n_tokens
     return {
         "n_parameters": run.model.n_parameters(),
         "initial_weights_sha256": result["initial_weights_sha256"],
@@ -77,7 +76,7 @@ def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         "validation": outcome.validation,
         "reached": outcome.reached,
         "final_val_loss": result["final_val_loss"],
-        "bits_per_byte": result["final_val_loss"] / math.log(2) / bytes_per_token,
+        "bits_per_byte": result["bits_per_byte"],
         "clock": {reason: round(seconds, 4) for reason, seconds in result["clock"].items()},
         "peak_memory_mib": round(machine.peak_memory_mib(run.device), 1),
         "resumed": outcome.resumed,

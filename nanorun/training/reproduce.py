@@ -25,9 +25,9 @@ import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig, make_config
-from nanorun.data.prepare import default_out
+from nanorun.data.prepare import default_out, prepare_command
 from nanorun.data.shards import load_manifest
-from nanorun.data.sources import load_source, source_names
+from nanorun.data.sources import source_names
 from nanorun.data.tokenizers import check_tokenizer_name
 from nanorun.errors import RunFailed, Stopped, UserError, printable
 from nanorun.files import new_folder
@@ -146,6 +146,7 @@ def _planned(request: Request, console: Console) -> Plan:
     same_code = recorded_code.same_code(record, patch)
     repository = _repository(request, folder, record, patch, same_code, console)
     data = _data_of(record, request.data)
+    config = _with_its_mix(config, record, request.data, data)
     device = distributed.pick_device(_device_name(request.device, record))
     if device.type == record.hardware.device and config.train.compile == "auto":
         compiled = "on" if record.software.compiled else "off"
@@ -233,7 +234,7 @@ def _all_of_its_commit(record: Record) -> str:
 def _data_of(record: Record, root: Path) -> Path:
     """Return the folder of the corpus that the record trained on. Raises UserError where it is not here."""
     wanted = record.corpus
-    known = wanted.name in source_names()
+    known = _is_known(wanted.name)
     if (root / "manifest.json").exists() or not known:
         folder = root
     else:
@@ -245,9 +246,8 @@ def _data_of(record: Record, root: Path) -> Path:
                 f"this version of nanorun cannot prepare {short(wanted.name)!r}; name its folder with --data"
             )
         else:
-            inputs = "" if load_source(wanted.name).EMBEDDED else " --input PATH"
             place = "" if root == Path("data") else f" --data {root}"
-            mend = f"make it with: nanorun prepare-data {wanted.name} --tokenizer {wanted.tokenizer}{inputs}{place}"
+            mend = f"make it with: {prepare_command(wanted.name, wanted.tokenizer)}{place}"
         raise UserError(
             f"{folder}: no prepared corpus here, and the record needs {short(wanted.name)!r}; {mend}"
         )
@@ -271,6 +271,50 @@ def _data_of(record: Record, root: Path) -> Path:
         f"{manifest.sha256[:12]} here ({'; '.join(differing) or 'as many tokens, of another text'}). Name that "
         "corpus' folder with --data, or prepare it from the texts that the record was made from"
     )
+
+
+def _with_its_mix(config: RunConfig, record: Record, root: Path, data: Path) -> RunConfig:
+    """Return the config with the corpora of its mix by the folders that hold them here. Raises UserError.
+
+    A corpus is known by its manifest's hash, wherever it lies: under the name or the path that the config has, or in
+    any folder of `root`; `data` holds the corpus that the run is validated on.
+    """
+    if bool(config.data.mix) != bool(record.corpus.mix):
+        raise UserError(
+            f"{record.id} contradicts itself: its config {'names' if config.data.mix else 'names no'} mix, and its "
+            f"corpus {'holds one' if record.corpus.mix else 'holds none'}; there is no telling what ran"
+        )
+    folders: dict[str, Path] = {}
+    named = [
+        default_out(name, config.data.tokenizer, root=root) if _is_known(name) else Path(name)
+        for name in config.data.mix
+    ]
+    beside = sorted(path.parent for path in root.glob("*/manifest.json"))
+    for folder in [data, *named, *beside] if config.data.mix else []:
+        if (folder / "manifest.json").exists():
+            folders.setdefault(load_manifest(folder).sha256, folder)
+    for part in record.corpus.mix:
+        if part.manifest_sha256 not in folders:
+            tokenizer = config.data.tokenizer
+            mend = (
+                f"make it with: {prepare_command(part.name, tokenizer)}"
+                if _is_known(part.name)
+                else "copy it there"
+            )
+            raise UserError(
+                f"{record.id} trained on a mix, and its part {short(part.name)!r} (manifest "
+                f"{short(part.manifest_sha256)[:12]}) is in no folder of {root}; {mend}, or name the folder above it "
+                "with --data"
+            )
+    mix = {str(folders[one.manifest_sha256].resolve()): one.share for one in record.corpus.mix}
+    return make_config(
+        {**config.model_dump(), "data": {**config.data.model_dump(), "mix": mix}},
+        where=f"the record {record.id}",
+    )
+
+
+def _is_known(corpus: str) -> bool:
+    return corpus.partition(":")[0] in source_names()
 
 
 def _device_name(asked: str, record: Record) -> str:
@@ -477,6 +521,8 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
     preset = {key: value for key, value in record.config.items() if key not in ("track", "name", "seed")}
     preset = recorded_code.with_recorded_optimizers(preset, tree)
     preset["train"] = {**preset.get("train", {}), "compile": config.train.compile}
+    if config.data.mix:
+        preset["data"] = {**preset["data"], "mix": dict(config.data.mix)}
     folder = private / "configs" / record.track
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "track.toml").write_text(to_toml(track), encoding="utf-8")

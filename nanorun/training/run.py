@@ -99,6 +99,8 @@ def resume_run(folder: Path, console: Console, anew: Mapping[str, Any] | None = 
     try:
         kept = json.loads((folder / "options.json").read_text())
         paths = {key: Path(kept[key]) for key in ("runs", "data", "records")}
+        # Options of runs from before mixes do not have it.
+        paths["start"] = Path(kept.get("start", "."))
         options = Options(**{**kept, **paths, **(anew or {})})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

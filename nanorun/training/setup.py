@@ -15,17 +15,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanorun.config import RunConfig
+from nanorun.config import RunConfig, check_fixed
 from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
-from nanorun.data.prepare import default_out, prepare
+from nanorun.data.mix import Mix, make_mix
+from nanorun.data.prepare import default_out, prepare, prepare_command
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
-from nanorun.errors import UserError
+from nanorun.data.text_bytes import PredictedText, predicted_text
+from nanorun.errors import UserError, nearest
 from nanorun.files import new_folder, write_whole
 from nanorun.model import GPT
 from nanorun.optim.averaging import make_average
 from nanorun.optim.build import OptimizerSet, build_optimizers
 from nanorun.records.record import Hardware
+from nanorun.records.report import TrackView
 from nanorun.tables import to_toml
 from nanorun.tracks import Track
 from nanorun.training import checkpoint, machine
@@ -54,6 +57,8 @@ class Options:
     """Fail, with exit code 1, if the last validation is above the target."""
     reproduces: str = ""
     """Id of the record whose run this is once more; what it leaves is then no record of the track."""
+    start: Path = Path()
+    """The folder that relative paths in data.mix begin at."""
 
 
 @dataclasses.dataclass
@@ -71,6 +76,8 @@ class Run:
     optimizers: OptimizerSet
     stepper: Stepper
     validation_tokens: TokenSet
+    predicted: PredictedText
+    """What each validation predicts."""
     console: Console
     outcome: Outcome = dataclasses.field(default_factory=Outcome)
     done: int = 0
@@ -90,19 +97,18 @@ def set_up(
     ranks: Ranks,
     resume: Path | None,
 ) -> Run:
-    track.check(config.model_dump())
+    check_fixed(track, config)
     folder = _data_folder(config, options)
-    _prepare_if_embedded(config, folder, console, ranks)
-    tokens, validation_tokens = open_tokens(folder, "train"), open_tokens(folder, "val")
-    manifest = _checked_manifest(config, tokens, folder)
-    context_len = config.model.context_len
-    rows_per_epoch(tokens, context_len)  # both refuse a corpus that is too small
-    n_validation_windows(
-        validation_tokens,
-        n_tokens=config.validation.tokens or None,
-        context_len=context_len,
-        stride=config.validation.stride or context_len,
+    _prepare_if_embedded(config.data.corpus, config.data.tokenizer, folder, console, ranks)
+    validation_tokens = open_tokens(folder, "val")
+    manifest = _checked_manifest(config.data.corpus, config, validation_tokens, folder)
+    tokens = (
+        _open_mix(config, options, folder, manifest, console, ranks)
+        if config.data.mix
+        else open_tokens(folder, "train")
     )
+    _check_lengths(config, tokens, validation_tokens)
+    predicted = _predicted(config, validation_tokens, folder, ranks)
     model = _new_model(config, manifest.vocab_size, device)
     optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
@@ -121,13 +127,33 @@ def set_up(
         optimizers,
         stepper,
         validation_tokens,
+        predicted,
         console,
     )
     run.bad_step = run.bad_step.to(device)
     run.outcome.initial_weights_sha256 = checkpoint.weights_sha256(model)
     run.outcome.code = _keep_code(run, resume is not None)
-    _print_groups(run, tokens)
+    _print_groups(run)
     return run
+
+
+def _predicted(config: RunConfig, validation_tokens: TokenSet, folder: Path, ranks: Ranks) -> PredictedText:
+    """Return what a validation predicts, counted by the rank alone that tells it."""
+    if not ranks.leads:
+        return PredictedText(0, 0, exact=False)
+    return predicted_text(validation_tokens, config.validation.tokens, folder)
+
+
+def _check_lengths(config: RunConfig, tokens: TokenSet | Mix, validation_tokens: TokenSet) -> None:
+    """Raise UserError where a corpus is too small for its context, or for its validation."""
+    for one in [part.tokens for part in tokens.parts] if isinstance(tokens, Mix) else [tokens]:
+        rows_per_epoch(one, config.model.context_len)
+    n_validation_windows(
+        validation_tokens,
+        n_tokens=config.validation.tokens or None,
+        context_len=config.model.context_len,
+        stride=config.validation.stride or config.model.context_len,
+    )
 
 
 def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
@@ -149,7 +175,7 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
 def _data_folder(config: RunConfig, options: Options) -> Path:
     if (options.data / "manifest.json").exists():
         return options.data
-    if config.data.corpus not in source_names():
+    if not _is_corpus(config.data.corpus):
         raise UserError(
             f"{options.data}: no prepared {config.data.corpus!r} here, and this version of nanorun can't make it "
             f"(it prepares {', '.join(source_names())}); pick a track on one of those, such as sotu"
@@ -157,26 +183,64 @@ def _data_folder(config: RunConfig, options: Options) -> Path:
     return default_out(config.data.corpus, config.data.tokenizer, root=options.data)
 
 
-def _prepare_if_embedded(config: RunConfig, folder: Path, console: Console, ranks: Ranks) -> None:
-    if not (folder / "manifest.json").exists():
-        corpus, tokenizer = config.data.corpus, config.data.tokenizer
-        source = load_source(corpus)
-        command = f"nanorun prepare-data {corpus} --tokenizer {tokenizer}"
-        if not source.EMBEDDED:
+def _is_corpus(name: str) -> bool:
+    """Whether `name` is a corpus', or one of a family's such as `family:argument`; otherwise it is a path."""
+    return name.partition(":")[0] in source_names()
+
+
+def _open_mix(
+    config: RunConfig, options: Options, folder: Path, manifest: Manifest, console: Console, ranks: Ranks
+) -> Mix:
+    """Return the corpora that data.mix names, embedded ones prepared first; `folder` holds the run's own corpus."""
+    tokens = {}
+    for name in config.data.mix:
+        place = _mix_folder(name, config, options, folder)
+        if _is_corpus(name):
+            _prepare_if_embedded(name, config.data.tokenizer, place, console, ranks)
+        tokens[name] = open_tokens(place, "train")
+        if _is_corpus(name):
+            _checked_manifest(name, config, tokens[name], place)
+    return make_mix(config.data.mix, tokens, validated_on=manifest)
+
+
+def _mix_folder(name: str, config: RunConfig, options: Options, folder: Path) -> Path:
+    """Return where a corpus of the mix lies, which `name` calls by its name or by its folder."""
+    if name == config.data.corpus:
+        return folder
+    if not _is_corpus(name):
+        place = options.start / name
+        if not place.is_dir():
             raise UserError(
-                f"{folder}: no prepared data of {corpus!r} here; make it with: {command} --input PATH"
+                f"data.mix: {name!r} is neither a corpus ({', '.join(source_names())}) nor a folder of prepared data"
+                f"; prepare one with: nanorun prepare-data text --input PATH --tokenizer {config.data.tokenizer} --out "
+                f"DIR.{nearest(name, source_names())}"
             )
+        return place
+    if folder == options.data:
+        raise UserError(
+            f"data.mix: --data {options.data} is the folder of {config.data.corpus!r} alone, and the mix wants "
+            f"{name!r} too: name the folder above it with --data, or give the folder of {name!r} in the mix"
+        )
+    return default_out(name, config.data.tokenizer, root=options.data)
+
+
+def _prepare_if_embedded(corpus: str, tokenizer: str, folder: Path, console: Console, ranks: Ranks) -> None:
+    if not (folder / "manifest.json").exists():
+        source = load_source(corpus)
+        command = prepare_command(corpus, tokenizer)
+        if not source.EMBEDDED:
+            raise UserError(f"{folder}: no prepared data of {corpus!r} here; make it with: {command}")
         say(console, f"{folder} is not there yet: preparing the embedded corpus {corpus!r} first ({command})")
         if ranks.leads:
             prepare(corpus, out=folder, tokenizer=tokenizer)
     ranks.wait()  # the others wait here until the files exist
 
 
-def _checked_manifest(config: RunConfig, tokens: TokenSet, folder: Path) -> Manifest:
+def _checked_manifest(corpus: str, config: RunConfig, tokens: TokenSet, folder: Path) -> Manifest:
     manifest = tokens.manifest
     assert manifest is not None
     found = (manifest.corpus, manifest.tokenizer["name"])
-    wanted = (config.data.corpus, config.data.tokenizer)
+    wanted = (corpus, config.data.tokenizer)
     if found != wanted:
         raise UserError(
             f"{folder} holds {found[0]!r} in {found[1]!r} tokens, and the run wants {wanted[0]!r} in {wanted[1]!r}: "
@@ -241,12 +305,22 @@ def write_options(folder: Path, options: Options) -> None:
     write_whole(folder / "options.json", json.dumps(kept, indent=1), mend=ELSEWHERE)
 
 
-def _print_groups(run: Run, tokens: TokenSet) -> None:
-    config, model = run.config, run.model
+def _print_groups(run: Run) -> None:
+    config, model, tokens = run.config, run.model, run.stepper.tokens
+    what = f"{config.data.corpus} in {config.data.tokenizer} tokens ({tokens.n_tokens:,} to train on)"
+    if isinstance(tokens, Mix):
+        what = (
+            f"a mix of {tokens.describe()} in {config.data.tokenizer} tokens ({tokens.n_tokens:,} to train on), "
+            f"validated on {config.data.corpus}"
+        )
+        if not TrackView.of(run.track).mixes_count:
+            say(
+                run.console,
+                f"note: track {run.track.name} fixes its corpus, so a run on a mix does not count there",
+            )
     say(
         run.console,
-        f"track {run.track.name}: {config.data.corpus} in {config.data.tokenizer} tokens "
-        f"({tokens.n_tokens:,} to train on), target {run.track.target_val_loss} nats a token\n"
+        f"track {run.track.name}: {what}, target {run.track.target_val_loss} nats a token\n"
         f"run {run.folder}: seed {config.seed}, {model.n_parameters():,} parameters, {config.train.steps} steps of "
         f"{config.train.batch_tokens:,} tokens on {run.device}, {run.stepper.precision}",
     )
@@ -278,13 +352,7 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Put the run where the checkpoint left it; UserError where the corpus is not the one it trained on."""
-    manifest = run.stepper.tokens.manifest
-    found, wanted = manifest.sha256 if manifest else None, saved.state["corpus_sha256"]
-    if found != wanted:
-        raise UserError(
-            f"{saved.path} was trained on a prepared corpus with sha256 {wanted}, and the one here has {found}: "
-            "name the folder it was trained on with --data, or start a new run"
-        )
+    _check_same_data(run, saved)
     run.model.load_state_dict(saved.model, strict=True)
     run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
@@ -305,6 +373,33 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         )
         say(run.console, f"note: the bits will differ from a run never stopped ({changed})")
     say(run.console, f"resumed after step {run.done} of {run.config.train.steps} from {saved.path}")
+
+
+def _check_same_data(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Raise UserError where a corpus is not the one that the checkpoint was trained on."""
+    manifest = run.validation_tokens.manifest
+    found, wanted = manifest.sha256 if manifest else None, saved.state["corpus_sha256"]
+    if found != wanted:
+        raise UserError(
+            f"{saved.path} was trained on a prepared corpus with sha256 {wanted}, and the one here has {found}: "
+            "name the folder it was trained on with --data, or start a new run"
+        )
+    then, now = (
+        {one["manifest_sha256"]: one for one in mix} for mix in (saved.state.get("mix", []), mix_of(run))
+    )
+    changed = [one["name"] for sha256, one in then.items() if now.get(sha256) != one]
+    changed += [one["name"] for sha256, one in now.items() if sha256 not in then]
+    if changed:
+        raise UserError(
+            f"{saved.path} was trained on another mix: what is here of {', '.join(dict.fromkeys(changed))} has other "
+            "content or another share; put the corpora back that it was trained on, or start a new run"
+        )
+
+
+def mix_of(run: Run) -> list[dict[str, Any]]:
+    """Return name, share and manifest_sha256 of each corpus of the run's mix; nothing where there is none."""
+    tokens = run.stepper.tokens
+    return tokens.identity() if isinstance(tokens, Mix) else []
 
 
 def choices(run: Run) -> dict[str, Any]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 
 from nanorun.config import RunConfig
-from nanorun.data.batches import TokenSet, train_rows
+from nanorun.data.batches import TokenSet
+from nanorun.data.mix import Mix, training_rows
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet
 from nanorun.training.distributed import Ranks
+from nanorun.training.feed import Feed, Span
 
 MICRO_BATCH_TOKENS_CPU = 2048
 """Tokens of one forward pass on a CPU under `micro_batch_rows = 0`; found by scripts/bench_step.py --micro."""
@@ -45,7 +49,7 @@ class Stepper:
         self,
         model: GPT,
         optimizers: OptimizerSet,
-        tokens: TokenSet,
+        tokens: TokenSet | Mix,
         config: RunConfig,
         *,
         device: torch.device,
@@ -64,6 +68,9 @@ class Stepper:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.working = _bf16_copy(model) if self.precision == "bf16_master" else model
         self.forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.working
+        # No method of this object: a circle would keep the model's memory after the run.
+        read = partial(training_rows, tokens, seed=config.seed, context_len=config.model.context_len)
+        self.feed = Feed(read, device)
 
     def _first_guess(self) -> int:
         asked = self.config.train.micro_batch_rows
@@ -74,15 +81,19 @@ class Stepper:
 
     def batch(self, step: int, first: int, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets of `n_rows` rows of this rank's share of a step, on the device."""
-        start = step * self.config.rows_per_step + self.ranks.rank * self.rows_of_rank + first
-        pair = train_rows(
-            self.tokens,
-            seed=self.config.seed,
-            first_row=start,
-            n_rows=n_rows,
-            context_len=self.config.model.context_len,
-        )
-        return self.to_device(*map(torch.from_numpy, pair))
+        return self.feed.take(Span(self._first_row(step) + first, n_rows))
+
+    def _first_row(self, step: int) -> int:
+        """Return the first of this rank's rows in a step."""
+        return step * self.config.rows_per_step + self.ranks.rank * self.rows_of_rank
+
+    def _spans(self, step: int) -> list[Span]:
+        """Return the rows of this rank's micro-batches in a step."""
+        start, size = self._first_row(step), self.micro_batch_rows
+        return [
+            Span(start + first, min(size, self.rows_of_rank - first))
+            for first in range(0, self.rows_of_rank, size)
+        ]
 
     def to_device(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device.type == "cuda":
@@ -101,9 +112,10 @@ class Stepper:
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.ranks.rank)
         loss_sum = torch.zeros((), device=self.device)
-        for first in range(0, self.rows_of_rank, self.micro_batch_rows):
-            n_rows = min(self.micro_batch_rows, self.rows_of_rank - first)
-            loss_sum += self.backward(*self.batch(step, first, n_rows))
+        spans = self._spans(step)
+        after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
+        for span, then in zip_longest(spans, [*spans[1:], *after]):
+            loss_sum += self.backward(*self.feed.take(span, then))
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
         self.ranks.sum_(shared)
         self.ranks.sum_gradients(self.working.parameters())
@@ -131,6 +143,10 @@ class Stepper:
         """Round the master weights into the bf16 copy, if there is one."""
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        self.feed.close()
 
     def to_evaluation(self) -> None:
         """Put the weights that the run is judged by in place of those it trains."""

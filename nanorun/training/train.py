@@ -30,6 +30,7 @@ from nanorun.training.setup import (
     Run,
     choices,
     choose_as_before,
+    mix_of,
     read_saved,
     restore,
     say,
@@ -178,8 +179,9 @@ def _validate(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], 
         raise RunFailed(f"the validation loss after step {run.done} is {val_loss}; lower the learning rate")
     tokens = run.done * run.config.train.batch_tokens
     run.outcome.add(run.done, tokens, seconds, val_loss, run.track.target_val_loss)
-    rows({"step": run.done, "tokens": tokens, "train_seconds": seconds, "val_loss": val_loss})
-    progress.validation(run.done, val_loss, seconds)
+    row = {"step": run.done, "tokens": tokens, "train_seconds": seconds, "val_loss": val_loss}
+    rows({**row, "bits_per_byte": run.predicted.bits_per_byte(val_loss)})
+    progress.validation(run.done, val_loss, seconds, run.predicted.describe(val_loss))
 
 
 def _raise_if_bad(run: Run, loss: float, grad_norm: float) -> None:
@@ -196,13 +198,14 @@ def _raise_if_bad(run: Run, loss: float, grad_norm: float) -> None:
 
 
 def _save(run: Run) -> None:
-    manifest = run.stepper.tokens.manifest
+    manifest = run.validation_tokens.manifest
     state = {
         "step": run.done,
         "clock": run.clock.state_dict(),
         "outcome": dataclasses.asdict(run.outcome),
         "choices": choices(run),
         "corpus_sha256": manifest.sha256 if manifest else None,
+        "mix": mix_of(run),
         "tokenizer": manifest.tokenizer if manifest else None,
     }
     if run.ranks.leads:
@@ -274,6 +277,7 @@ def _open_outputs(run: Run, stack: ExitStack) -> tuple[RunProgress, Callable[[di
 
 def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
     with run.clock.paused("setup"):
+        run.stepper.close()
         for sink in sinks:
             sink.close()
 
@@ -286,6 +290,7 @@ def _finish(run: Run) -> dict[str, Any]:
     weights = checkpoint.weights_sha256(run.model)
     run.optimizers.to_training()
     result = as_json(run.outcome, run=run.folder, record=None, steps=run.done, weights=weights, clock=clock)
+    result["bits_per_byte"] = run.predicted.bits_per_byte(result["final_val_loss"])
     if run.ranks.leads and run.options.record:
         result["record"] = str(recording.write(run, result))
     if run.ranks.leads:
@@ -312,11 +317,13 @@ def _say_result(run: Run, result: dict[str, Any]) -> None:
         if reached
         else f"{target} was not reached"
     )
+    bits = run.predicted.describe(result["final_val_loss"])
     say(
         run.console,
-        f"{run.config.name}, seed {run.config.seed}: {result['final_val_loss']:.4f} after {result['steps']} steps and "
-        f"{clock['train_seconds']:.1f} s counted; {where} (validation {clock['validation_seconds']:.1f} s, "
-        f"compile and warm-up {clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
+        f"{run.config.name}, seed {run.config.seed}: {result['final_val_loss']:.4f} nats a token"
+        f"{f' ({bits})' if bits else ''} after {result['steps']} steps and {clock['train_seconds']:.1f} s counted; "
+        f"{where} (validation {clock['validation_seconds']:.1f} s, compile and warm-up "
+        f"{clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
     )
     if run.options.reproduces:
         return

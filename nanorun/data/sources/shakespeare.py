@@ -6,29 +6,31 @@ the `char` tokenizer the shards are token for token those of nanoGPT: 1,003,854 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from nanorun.data.sources import Document, Split, read_packed, refuse_inputs
+from nanorun.data.sources import Document, InputFile, Reading, packed_file, read_packed, refuse_inputs
 
 NAME = "shakespeare"
 SUMMARY = "tiny Shakespeare, 1.1 MB; the last tenth of the characters held out, as in nanoGPT"
 EMBEDDED = True
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = "char"
 
 PACKED_SHA256 = "c7c8b43dd8646838f2a6feffffdd80f8db46ea44a9bba1c6a2490154d2a64c90"
-UNPACKED_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_SHARE = 0.9
 
 
-def documents(split: Split, inputs: Sequence[str] = ()) -> Iterator[Document]:
-    """Yield the one document of `split`."""
-    refuse_inputs(NAME, inputs)
+def files(reading: Reading) -> list[InputFile]:
+    """Return the packed file."""
+    refuse_inputs(NAME, reading)
+    return [packed_file(NAME, PACKED_SHA256)]
+
+
+def documents(reading: Reading) -> Iterator[Document]:
+    """Yield the one document of each split."""
+    refuse_inputs(NAME, reading)
     text = read_packed(NAME, PACKED_SHA256).decode("utf-8")
     cut = int(TRAIN_SHARE * len(text))
-    yield Document(f"{NAME}-{split}", text[:cut] if split == "train" else text[cut:])
-
-
-def source_sha256(inputs: Sequence[str] = ()) -> str:
-    """Return the hash of the unpacked corpus, a constant: `documents` checks that it is true."""
-    refuse_inputs(NAME, inputs)
-    return UNPACKED_SHA256
+    yield Document(f"{NAME}-train", text[:cut], "train")
+    yield Document(f"{NAME}-val", text[cut:], "val")

@@ -15,42 +15,44 @@ ninth, the fifth, …), so that a track that reads only the split's first tokens
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from nanorun.data.sources import Document, Split, read_packed, refuse_inputs
+from nanorun.data.sources import SPLITS, Document, InputFile, Reading, packed_file, read_packed, refuse_inputs
 
 NAME = "sotu"
 SUMMARY = "State of the Union addresses 1790-2026, 12 MB of English; whole addresses held out"
 EMBEDDED = True
+TAKES_INPUT = False
 DEFAULT_TOKENIZER = "byte"
 
 PACKED_SHA256 = "57203e329c282b86a2bbe1c473b1600464e24bcbe531367f8d4fa996c578e467"
-UNPACKED_SHA256 = "d55ae565e02f44b2af2c5f5fc8774f206d4516013abd6685575b800f36e24e5b"
+SOURCE_SHA256 = "d55ae565e02f44b2af2c5f5fc8774f206d4516013abd6685575b800f36e24e5b"
 HELD_OUT_EVERY = 25
 HELD_OUT_PLACE = 12
 
 
-def documents(split: Split, inputs: Sequence[str] = ()) -> Iterator[Document]:
-    """Yield the addresses of `split`: those to train on in chronological order, the others spread out."""
-    refuse_inputs(NAME, inputs)
+def files(reading: Reading) -> list[InputFile]:
+    """Return the packed file."""
+    refuse_inputs(NAME, reading)
+    return [packed_file(NAME, PACKED_SHA256)]
+
+
+def documents(reading: Reading) -> Iterator[Document]:
+    """Yield the addresses: those to train on in chronological order, then the others spread out."""
+    refuse_inputs(NAME, reading)
     lines = read_packed(NAME, PACKED_SHA256).splitlines()
     held_out = range(HELD_OUT_PLACE, len(lines), HELD_OUT_EVERY)
-    if split == "val":
-        chosen = [lines[held_out[i]] for i in bit_reversed(len(held_out))]
-    else:
-        chosen = [line for place, line in enumerate(lines) if place not in held_out]
-    for line in chosen:
-        address = json.loads(line)
-        yield Document(address["id"], address["text"])
+    chosen = {
+        "train": [place for place in range(len(lines)) if place not in held_out],
+        "val": [held_out[i] for i in bit_reversed(len(held_out))],
+    }
+    for split in SPLITS:
+        for place in chosen[split]:
+            address = json.loads(lines[place])
+            yield Document(address["id"], address["text"], split)
 
 
 def bit_reversed(n: int) -> list[int]:
     """Return 0 to n - 1 in the order of their reversed binary digits: 0, 4, 2, 6, 1, 5, 3 for 7."""
     width = (n - 1).bit_length()
     return sorted(range(n), key=lambda i: int(f"{i:0{width}b}"[::-1], 2))
-
-
-def source_sha256(inputs: Sequence[str] = ()) -> str:
-    """Return the hash of the unpacked corpus, a constant: `documents` checks that it is true."""
-    refuse_inputs(NAME, inputs)
-    return UNPACKED_SHA256
