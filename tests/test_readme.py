@@ -78,8 +78,6 @@ def test_every_nanorun_command_of_the_readme_runs(tmp_path, hub):
         words = shlex.split(line)[1:]
         if words[0] == "train":
             words += SHORT
-        if "fineweb10B" in words:
-            words.append("--dry-run")  # its hashes are known: no other bytes would do
         if "RECORD" in words:
             made_here = sorted(set(tmp_path.glob("records/sotu/*")) - kept)
             words[words.index("RECORD")] = str(made_here[0])
@@ -96,6 +94,10 @@ def test_every_nanorun_command_of_the_readme_runs(tmp_path, hub):
             text=True,
             timeout=200,
         )
+        if "fineweb10B" in words:
+            # Its shards' hashes are known, and the hub of this test has others.
+            assert (done.returncode, "names a mirror that altered it" in done.stderr) == (2, True), line
+            continue
         assert done.returncode == 0, (line, done.stderr[-500:])
         written = words[words.index("--out") + 1] if "--out" in words else None
         assert (tmp_path / written).stat().st_size if written else (done.stdout + done.stderr).strip(), line
