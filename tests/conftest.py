@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -87,3 +88,20 @@ def make_stepper(tiny_settings):
     yield make
     for stepper in made:
         stepper.close()
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Return a function that has a signal come in the middle of a step, once."""
+
+    def stop(n, number=signal.SIGINT):
+        real, left = Stepper.step, [number]
+
+        def stopping(self, step, scale, *, stop_vote=False):
+            if step == n - 1 and left:
+                signal.raise_signal(left.pop())
+            return real(self, step, scale, stop_vote=stop_vote)
+
+        monkeypatch.setattr(Stepper, "step", stopping)
+
+    return stop

@@ -39,23 +39,6 @@ def train(shakespeare_folder, tiny_settings):
     return run
 
 
-@pytest.fixture
-def stop_in_step(monkeypatch):
-    """Return a function that has a signal come in the middle of a step, once."""
-
-    def stop(n, number=signal.SIGINT):
-        real, left = Stepper.step, [number]
-
-        def stopping(self, step, scale, *, stop_vote=False):
-            if step == n - 1 and left:
-                signal.raise_signal(left.pop())
-            return real(self, step, scale, stop_vote=stop_vote)
-
-        monkeypatch.setattr(Stepper, "step", stopping)
-
-    return stop
-
-
 def poison(monkeypatch, bad_step, what=float("nan")):
     """Make the loss of a step not finite; warm-up, which has no number, is left alone."""
     real_step, real_backward, now = Stepper.step, Stepper.backward, []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -58,17 +57,6 @@ def records():
     return found
 
 
-def stop_in_step(monkeypatch, n):
-    real, left = Stepper.step, [signal.SIGINT]
-
-    def stopping(self, step, scale, *, stop_vote=False):
-        if step == n - 1 and left:
-            signal.raise_signal(left.pop())
-        return real(self, step, scale, stop_vote=stop_vote)
-
-    monkeypatch.setattr(Stepper, "step", stopping)
-
-
 def folder_of(stopped):
     return Path(str(stopped.value).rpartition(" ")[2])
 
@@ -118,9 +106,11 @@ def test_a_step_trains_on_the_rows_of_the_mix_and_ranks_share_them(monkeypatch):
         np.testing.assert_array_equal(whole, np.concatenate(shares))
 
 
-def test_a_run_on_a_mix_that_was_stopped_ends_with_the_bits_of_one_never_stopped(monkeypatch, tmp_path):
+def test_a_run_on_a_mix_that_was_stopped_ends_with_the_bits_of_one_never_stopped(
+    monkeypatch, tmp_path, stop_in_step
+):
     whole = train(MIX)
-    stop_in_step(monkeypatch, 3)
+    stop_in_step(3)
     with pytest.raises(Stopped) as stopped:
         train(MIX)
     # Folders of the mix are looked for where the run began.
@@ -131,8 +121,8 @@ def test_a_run_on_a_mix_that_was_stopped_ends_with_the_bits_of_one_never_stopped
 
 
 @pytest.mark.parametrize("change", ["other text", "other share", "no longer there"])
-def test_a_run_is_not_taken_up_again_on_another_mix(monkeypatch, change):
-    stop_in_step(monkeypatch, 3)
+def test_a_run_is_not_taken_up_again_on_another_mix(monkeypatch, change, stop_in_step):
+    stop_in_step(3)
     with pytest.raises(Stopped) as stopped:
         train(MIX)
     folder = folder_of(stopped)

@@ -345,20 +345,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_run(make_recor
     assert not list(Path("runs").glob("*-reproduce-*"))
 
 
-def stop_in_step(monkeypatch, n):
-    real, left = Stepper.step, [signal.SIGINT]
-
-    def stopping(self, step, scale, *, stop_vote=False):
-        if step == n - 1 and left:
-            signal.raise_signal(left.pop())
-        return real(self, step, scale, stop_vote=stop_vote)
-
-    monkeypatch.setattr(Stepper, "step", stopping)
-
-
-def test_ctrl_c_leaves_no_reproduction_and_says_how_to_go_on(make_record, again, monkeypatch):
+def test_ctrl_c_leaves_no_reproduction_and_says_how_to_go_on(make_record, again, monkeypatch, stop_in_step):
     folder = make_record()
-    stop_in_step(monkeypatch, 2)
+    stop_in_step(2)
     with pytest.raises(
         Stopped, match=r"Nothing was written beside the record\. Go on with: nanorun repro"
     ) as stopped:

@@ -20,8 +20,11 @@ from nanorun.data import foreign
 from nanorun.data.foreign import Found, TokenFile, Vocabulary, chunks_of, documents_between, shown
 from nanorun.data.shards import (
     HEADER_BYTES,
+    INPUTS_NAME,
+    JOURNAL_NAME,
     MANIFEST_NAME,
     MANIFEST_VERSION,
+    PARTIAL,
     PREPARE_AGAIN,
     ShardEntry,
     load_manifest,
@@ -40,9 +43,7 @@ if TYPE_CHECKING:
 
 SOUND, NOT_SOUND, UNKNOWN = 0, 1, 2
 """Exit codes."""
-JOURNAL_NAME = "journal.jsonl"
-INPUTS_NAME = "inputs.json"
-_UNFINISHED = (".partial", ".tmp")
+_UNFINISHED = (PARTIAL, ".tmp")
 _GPT2_EOT = 50256
 _READY_MADE = ("shards",)
 """Corpora whose documents may have been counted by an index, and not by ends of text."""
@@ -390,7 +391,7 @@ def _check_unfinished(folder: Path, files: Sequence[Path], progress: _Progress) 
     by = "journal" if lines else INPUTS_NAME
     for entry in entries:
         # The journal knows of a shard a moment before it has its name.
-        if foreign.is_plain(folder / entry.file) or not foreign.is_plain(folder / f"{entry.file}.partial"):
+        if foreign.is_plain(folder / entry.file) or not foreign.is_plain(folder / f"{entry.file}{PARTIAL}"):
             checked.files.append(_check_shard(folder, entry, checked, tokenizer, progress, by))
     n_finished = sum(path.suffix == ".bin" for path in files)
     n_begun = sum(path.name.endswith(_UNFINISHED) for path in files)

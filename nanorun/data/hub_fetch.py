@@ -9,7 +9,6 @@ what lies in Xet storage that way too, up to 50 GB a file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -36,6 +35,7 @@ from nanorun.data.hub import (
     timeout_seconds,
     transport_errors,
 )
+from nanorun.data.shards import PARTIAL, is_full
 from nanorun.data.sources import Reading, Step
 from nanorun.errors import UserError, printable
 
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.partial")
+        return self.target.with_name(self.target.name + PARTIAL)
 
     def is_whole(self) -> bool:
         """Return whether the file lies there with the hub's size and hash."""
@@ -347,7 +347,7 @@ class _Partial:
 
 
 def _cannot_keep(job: Job, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return UserError(
             f"{job.target}: the disk is full; what has arrived of it is kept, and after some space was freed the "
             "same command goes on from there."

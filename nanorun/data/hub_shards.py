@@ -26,10 +26,10 @@ from nanorun.data.shards import (
     Manifest,
     ShardEntry,
     cannot_write,
+    is_whole,
     load_manifest,
     open_shard,
     replacing,
-    sha256_of,
 )
 from nanorun.data.sources import InputFile, Reading, Step
 from nanorun.data.tokenizers import Tokenizer, make_tokenizer
@@ -73,7 +73,7 @@ class HubShards:
             and _is_revision(reading.revision, manifest.revision)
             and len(manifest.of_split("train")) >= wanted
             and bool(manifest.of_split("val"))
-            and all(_is_whole(out / entry.file, entry) for entry in manifest.shards)
+            and all(is_whole(out, entry) for entry in manifest.shards)
         )
 
     def make_ready(self, out: Path, reading: Reading, tokenizer: str | None) -> Manifest:
@@ -293,10 +293,3 @@ def _is_revision(given: str | None, kept: str | None) -> bool:
     if given is None:
         return True
     return kept is not None and re.fullmatch("[0-9a-f]{7,40}", given) is not None and kept.startswith(given)
-
-
-def _is_whole(path: Path, entry: ShardEntry) -> bool:
-    try:
-        return path.stat().st_size > HEADER_BYTES and sha256_of(path) == entry.sha256
-    except OSError:
-        return False

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanorun.data.shards import ShardEntry, cannot_write
+from nanorun.data.shards import JOURNAL_NAME, ShardEntry, cannot_write
 
-JOURNAL_NAME = "journal.jsonl"
 JOURNAL_VERSION = 1
 
 

@@ -22,13 +22,15 @@ from typing import Any, cast
 from nanorun.data.journal import Journal, Progress
 from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
 from nanorun.data.shards import (
+    INPUTS_NAME,
     MANIFEST_NAME,
+    PARTIAL,
     Manifest,
     ShardEntry,
     cannot_write,
+    is_whole,
     load_manifest,
     replacing,
-    sha256_of,
 )
 from nanorun.data.sources import (
     SPLITS,
@@ -50,7 +52,7 @@ from nanorun.data.tokenizers import (
     tokenizer_name,
 )
 from nanorun.data.vocabularies import characters, trained_bpe
-from nanorun.data.writing import PARTIAL, SplitWriter, Writer, encode_chunk, finish_name
+from nanorun.data.writing import SplitWriter, Writer, encode_chunk, finish_name
 from nanorun.errors import Stopped, UserError
 from nanorun.files import locked
 
@@ -183,12 +185,8 @@ def carry_out(request: Request) -> Prepared:
     made = _make_folder(request.out)
     try:
         with locked(request.out, on_wait=_say_who_holds(request.reading)):
-            found = _already_there(request)
-            if found:
-                _tidy(request, found)
-                return Prepared(request.out, found, False, time.perf_counter() - started, 0.0)
             try:
-                done = _make(request)
+                done = _found_or_made(request)
             finally:
                 shutil.rmtree(request.reading.scratch, ignore_errors=True)
                 _leave_nothing_of_nothing(request)
@@ -196,6 +194,14 @@ def carry_out(request: Request) -> Prepared:
         for folder in made:
             _remove_if_empty(folder)
     return replace(done, seconds=time.perf_counter() - started)
+
+
+def _found_or_made(request: Request) -> Prepared:
+    found = _already_there(request)
+    if found is None:
+        return _make(request)
+    _tidy(request, found)
+    return Prepared(request.out, found, False, 0.0, 0.0)
 
 
 def _make(request: Request) -> Prepared:
@@ -336,11 +342,8 @@ class _Tokenizing:
     def _shards_are_whole(self, progress: Progress) -> bool:
         """Return whether all finished shards are as the journal says; a last renaming is made up for."""
         for entry in progress.shards:
-            path = self._out / entry.file
-            finish_name(path)
-            if not _is_whole(path, entry):
-                return False
-        return True
+            finish_name(self._out / entry.file)
+        return all(is_whole(self._out, entry) for entry in progress.shards)
 
     def _from_the_beginning(
         self, rule: Rule | None = None, tokenizer: dict[str, Any] | None = None
@@ -387,16 +390,16 @@ class _Tokenizing:
         """Return a tokenizer trained on the training split, and the rule that says which that is."""
         keep = self._request.keep_duplicates
         counting = Pass(self._source, self._reading, keep_duplicates=keep)
-        self._drain(counting, "count documents")
+        for _ in counting.chunks():
+            self._tell("count documents")
         rule = self._better_rule(counting) or Rule()
         reader = Pass(self._source, self._reading, rule, keep_duplicates=keep)
-        texts = (
-            piece.text
-            for chunk in reader.chunks()
-            for piece in self._telling("train tokenizer", chunk.pieces)
-            if piece.split == "train"
-        )
-        return trained_bpe(texts, vocab_size), rule
+        return trained_bpe(self._training_texts(reader), vocab_size), rule
+
+    def _training_texts(self, reader: Pass) -> Iterator[str]:
+        for chunk in reader.chunks():
+            self._tell("train tokenizer")
+            yield from (piece.text for piece in chunk.pieces if piece.split == "train")
 
     def _better_rule(self, reader: Pass) -> Rule | None:
         try:
@@ -408,10 +411,6 @@ class _Tokenizing:
                 f"Corpus {self._request.corpus!r} has no text for its {split} split; it needs a longer text, or "
                 "several documents."
             ) from None
-
-    def _drain(self, reader: Pass, stage: str) -> None:
-        for chunk in reader.chunks():
-            self._telling(stage, chunk.pieces)
 
     def _one_pass(self, reader: Pass, tokenizer: Tokenizer, progress: Progress) -> int | None:
         """Tokenize all that the journal does not know; return how many tokens that were.
@@ -460,14 +459,8 @@ class _Tokenizing:
         """Return all finished shards, those to train on first."""
         progress = self._journal.read()
         assert progress is not None
-        found = {(entry.split, entry.file): entry for entry in progress.shards}
-        return tuple(
-            found[key] for key in sorted(found, key=lambda key: (SPLITS.index(cast(Any, key[0])), key[1]))
-        )
-
-    def _telling(self, stage: str, pieces: list[Any]) -> list[Any]:
-        self._tell(stage)
-        return pieces
+        by_name = sorted(progress.shards, key=lambda entry: entry.file)
+        return tuple(entry for split in SPLITS for entry in by_name if entry.split == split)
 
     def _tell(self, stage: str, note: str = "") -> None:
         self._reading.report(Step(stage, self._reading.bytes_done, self._total, "bytes", note))
@@ -500,7 +493,7 @@ def _already_there(request: Request) -> Manifest | None:
             f"{out} already holds corpus {request.corpus!r}, made from other texts than those given now; "
             "choose another --out or delete that folder."
         )
-    return manifest if all(_is_whole(out / shard.file, shard) for shard in manifest.shards) else None
+    return manifest if all(is_whole(out, shard) for shard in manifest.shards) else None
 
 
 def _holds_another(out: Path, held: tuple[str, str], wanted: tuple[str, str]) -> UserError:
@@ -522,18 +515,12 @@ def _is_of_these_inputs(request: Request, source: Source, manifest: Manifest) ->
     ):
         return True
     reader = Pass(source, request.reading, keep_duplicates=request.keep_duplicates)
+    # What is read is kept there for `_make`: standard input comes but once.
     request.reading.scratch.mkdir(exist_ok=True)
     total = sum(file.size for file in source.files(request.reading)) or None
-    try:
-        for _ in reader.chunks():
-            request.reading.report(Step("compare", request.reading.bytes_done, total, "bytes"))
-    finally:
-        shutil.rmtree(request.reading.scratch, ignore_errors=True)
+    for _ in reader.chunks():
+        request.reading.report(Step("compare", request.reading.bytes_done, total, "bytes"))
     return reader.mark.sha256 == manifest.source_sha256
-
-
-INPUTS_NAME = "inputs.json"
-"""Which files a corpus was made from, beside its manifest: names, sizes and dates, of this machine alone."""
 
 
 def _listing(files: Sequence[InputFile]) -> list[list[Any]]:
@@ -575,10 +562,6 @@ def _kept_inputs(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
-
-
-def _is_whole(path: Path, shard: ShardEntry) -> bool:
-    return path.is_file() and sha256_of(path) == shard.sha256
 
 
 def usable_cores() -> int:

@@ -33,6 +33,12 @@ MOST_NARROW = 1 << 16
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST_NAME = "manifest.json"
+INPUTS_NAME = "inputs.json"
+"""Which files a corpus was made from, beside its manifest: names, sizes and dates, of this machine alone."""
+JOURNAL_NAME = "journal.jsonl"
+"""What a preparation has done so far; gone when it has ended."""
+PARTIAL = ".partial"
+"""What follows the name of a file that is being filled."""
 MANIFEST_VERSION = 1
 PREPARE_AGAIN = "delete the folder and run `nanorun prepare-data` again"
 
@@ -69,9 +75,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def is_full(error: OSError) -> bool:
+    """Return whether a disk, or a share of one, had no more room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Return the error of a file that could not be written, a full disk told apart."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return UserError(
             f"{path}: the disk is full; nothing half-written was left. Free some space or choose another "
             "folder with --data, or with --out of prepare-data."
@@ -148,6 +159,14 @@ class ShardEntry:
     documents: int
     """Documents that begin in it."""
     sha256: str
+
+
+def is_whole(folder: Path, shard: ShardEntry) -> bool:
+    """Return whether a shard lies in `folder` with the hash that is written of it."""
+    try:
+        return sha256_of(folder / shard.file) == shard.sha256
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import queue
 import threading
@@ -19,9 +18,11 @@ from nanorun.data.journal import Journal, Position, Progress
 from nanorun.data.passes import Mark, Piece
 from nanorun.data.shards import (
     HEADER_BYTES,
+    PARTIAL,
     ShardEntry,
     Tokens,
     cannot_write,
+    is_full,
     sha256_of,
     shard_header,
     token_dtype,
@@ -34,8 +35,6 @@ SHARD_TOKENS = 100_000_000
 """At most this many in a shard; a document may run on into the next."""
 MARK_SECONDS = 15.0
 """The journal is told at least so far apart how far the work is; an interruption costs no more than that."""
-PARTIAL = ".partial"
-"""What follows the name of a shard that is being filled."""
 
 
 class Encoded(NamedTuple):
@@ -252,7 +251,7 @@ class Writer:
 
 
 def _interrupted_by_disk(folder: Path, error: OSError) -> UserError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if not is_full(error):
         return cannot_write(folder, error)
     return UserError(
         f"{folder}: the disk is full; what is finished stays: free some space there and run the same command again, "

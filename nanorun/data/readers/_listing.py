@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nanorun.data.readers._kinds import Kind, kind_of, kind_said, suffixes_in_folders
+from nanorun.data.shards import JOURNAL_NAME, MANIFEST_NAME
 from nanorun.data.sources import InputFile, Reading, Step
 from nanorun.errors import UserError, shown
 
@@ -158,7 +159,7 @@ class _Search:
         self._gone_through.add(real_folder)
         entries = self._entries(folder)
         names = {entry.name for entry in entries}
-        if {"manifest.json", "journal.jsonl"} & names and any(".bin" in name for name in names):
+        if {MANIFEST_NAME, JOURNAL_NAME} & names and any(".bin" in name for name in names):
             return []  # a corpus that is prepared, or about to be: no text
         return [
             (

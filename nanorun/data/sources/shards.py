@@ -30,12 +30,12 @@ from nanorun.data import foreign
 from nanorun.data.foreign import Found, TokenFile, chunks_of, documents_between, shown
 from nanorun.data.foreign.planning import Output, plan, said_of, val_spans
 from nanorun.data.shards import (
-    HEADER_BYTES,
+    INPUTS_NAME,
     Manifest,
     ShardEntry,
     cannot_write,
+    is_whole,
     replacing,
-    sha256_of,
     shard_header,
     token_dtype,
 )
@@ -50,7 +50,6 @@ EMBEDDED = False
 TAKES_INPUT = True
 DEFAULT_TOKENIZER = "gpt2"
 
-INPUTS_NAME = "inputs.json"
 _VERSION = 1
 _GPT2_EOT = 50256
 _OURS = {"gpt2": "gpt2", "openai-community/gpt2": "gpt2"}
@@ -74,7 +73,7 @@ def is_current(out: Path, manifest: Manifest, reading: Reading) -> bool:
     return (
         kept.is_of_request
         and kept.done == {entry.file: entry for entry in manifest.shards}
-        and all(_is_whole(out / entry.file, entry) for entry in manifest.shards)
+        and all(is_whole(out, entry) for entry in manifest.shards)
     )
 
 
@@ -215,7 +214,7 @@ def _made(output: Output, work: _Work, kept: _Kept) -> ShardEntry:
     """Return the entry of a shard, which is made unless it is there already."""
     path = work.out / output.name
     before = kept.done.get(output.name)
-    if before and _is_whole(path, before):
+    if before and is_whole(path.parent, before):
         work.tell(output.n_tokens, output.name)
         return before
     entry = _taken_as_it_is(output, work) if output.as_it_is else _written(output, work)
@@ -324,14 +323,6 @@ def _n_documents(output: Output, tally: Tally) -> int:
     if all(n is not None for n in by_index):
         return sum(n or 0 for n in by_index)
     return tally.eots or sum(span.first == 0 for span in output.spans)
-
-
-def _is_whole(path: Path, entry: ShardEntry) -> bool:
-    try:
-        size_fits = path.stat().st_size >= HEADER_BYTES + entry.tokens * 2
-        return size_fits and sha256_of(path) == entry.sha256
-    except OSError:
-        return False
 
 
 def _state(path: Path) -> tuple[int, int]:
