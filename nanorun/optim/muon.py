@@ -235,6 +235,12 @@ class Muon(torch.optim.Optimizer):
             if n_stacked < 1 or shape[0] % n_stacked:
                 raise UserError(f"a parameter of shape {shape} does not hold {n_stacked} stacked matrices")
 
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of one matrix's Newton–Schulz steps, taken one at a time; see ownership.py."""
+        short, long = sorted((rows, cols))
+        return float(group["ns_steps"] * short**2 * (2 * long + short))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returns."""

@@ -208,12 +208,13 @@ def _save(run: Run) -> None:
         "mix": mix_of(run),
         "tokenizer": manifest.tokenizer if manifest else None,
     }
+    optimizer = run.optimizers.state_dict()  # on all ranks: each tells of what it alone holds
     if run.ranks.leads:
         checkpoint.save(
             run.folder / "checkpoints",
             run.done,
             model=run.model,
-            optimizer=run.optimizers.state_dict(),
+            optimizer=optimizer,
             state=state,
             evaluation=_evaluation_weights(run),
             keep=run.config.checkpoint.keep,
