@@ -61,7 +61,7 @@ def measure_rank(name: str, size: str, rank: int, n_ranks: int) -> dict[str, flo
         "cost_share": optimizers.sharing.loads[rank] / sum(optimizers.sharing.loads)
         if optimizers.sharing
         else 1.0,
-        "matrices": sum(parameter.grad is not None for parameter in parameters_of(shared)),
+        "tensors": sum(parameter.grad is not None for parameter in parameters_of(shared)),
     }
 
 
@@ -81,7 +81,7 @@ def make_table(document: dict[str, Any]) -> Table:
         "MFLOP/step",
         "share",
         "share of cost",
-        "matrices",
+        "tensors",
     ):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     alone = {row["name"]: row for row in document["rows"] if row["n_ranks"] == 1}
@@ -90,7 +90,7 @@ def make_table(document: dict[str, Any]) -> Table:
         for key in ("state_bytes", "flops_a_step"):
             share = f"{max(row[key]) / max(alone[row['name']][key]):.3f}" if row["name"] in alone else ""
             cells += [f"{max(row[key]) / 1e6:,.1f}", share]
-        counts = " ".join(map(str, row["matrices"]))
+        counts = " ".join(map(str, row["tensors"]))
         table.add_row(row["name"], str(row["n_ranks"]), *cells, f"{max(row['cost_share']):.3f}", counts)
     return table
 

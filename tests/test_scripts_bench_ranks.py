@@ -38,7 +38,7 @@ def test_state_and_arithmetic_of_all_ranks_are_those_of_one_and_the_largest_part
     for name in bench.SHARED:
         assert name in printed
         alone, two, four = (row for row in rows if row["name"] == name)
-        for key in ("state_bytes", "matrices"):
+        for key in ("state_bytes", "tensors"):
             assert sum(alone[key]) == sum(two[key]) == sum(four[key]) > 0
         for key in ("state_bytes", "flops_a_step", "cost_share"):
             assert max(alone[key]) > max(two[key]) > max(four[key]) > 0

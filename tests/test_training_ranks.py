@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import ranks_work
 
+from nanorun.training.distributed import Ranks
+
 TINY = [
     "train.steps=5",
     "train.batch_tokens=1024",
@@ -84,7 +86,8 @@ def test_waiting_for_the_rank_that_saves_is_not_counted(tmp_path):
 def worked(tmp_path_factory):
     """What ranks_work.py finds on 2, 4 and 1 ranks: by number of ranks, a list by rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {n_ranks: results_of_work(n_ranks, folder) for n_ranks in (2, 4, 1)}
+    many = {n_ranks: results_of_work(n_ranks, folder) for n_ranks in (2, 4)}
+    return {**many, 1: [ranks_work.work(Ranks(), folder)]}
 
 
 def results_of_work(n_ranks, folder):
@@ -101,9 +104,10 @@ def results_of_work(n_ranks, folder):
 
 EVERY_CASE = pytest.mark.parametrize("case", [*ranks_work.OPTIMIZERS, *ranks_work.MODES])
 EVERY_OPTIMIZER = pytest.mark.parametrize("case", ranks_work.OPTIMIZERS)
-NEAR = {"bf16_master": 0.02, "soap": 1e-3}
-"""How far losses may lie apart where that is not 1e-4: gradients rounded to bf16 before they are added, and SOAP,
-whose bases of few gradients make the most of rounding: cut otherwise, one rank's differ as much."""
+NEAR = {"bf16_master": 0.01, "soap": 1e-3}
+"""How far losses may lie apart where that is not 1e-5: gradients rounded to bf16 before they are added, and SOAP,
+whose bases of few gradients make the most of rounding (one rank's losses lie 4e-4 apart between micro-batches of
+one row and of eight)."""
 
 
 @pytest.mark.slow
@@ -116,17 +120,17 @@ def test_every_split_of_a_step_over_ranks_and_micro_batches_gives_one_curve(work
         assert len(results[0][case]["losses"]) == (2 if n_ranks == 4 else 3)
         for result in results:
             for found in result[case]["losses"].values():
-                assert found == pytest.approx(whole, abs=NEAR.get(case, 1e-4))
+                assert found == pytest.approx(whole, abs=NEAR.get(case, 1e-5))
             assert result[case]["losses"] == results[0][case]["losses"]
 
 
 @pytest.mark.slow
 @EVERY_OPTIMIZER
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_two_and_four(worked, case):
-    whole = worked[2][0][case]["losses"]["3"]
+    whole = worked[2][0][case]["losses"]["4"]
     for results in worked.values():
         for result in results:
-            assert result[case]["gone_on"] == pytest.approx(whole[3:], abs=NEAR.get(case, 1e-4))
+            assert result[case]["gone_on"] == pytest.approx(whole[3:], abs=NEAR.get(case, 1e-5))
     assert worked[2][1][case]["gone_on"] == whole[3:]
 
 
@@ -139,7 +143,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(worked, case):
             assert found["bad"]
             assert found["kept"]
             assert found["losses"] == pytest.approx(
-                worked[1][0][case]["bad_step"]["losses"], abs=NEAR.get(case, 1e-4)
+                worked[1][0][case]["bad_step"]["losses"], abs=NEAR.get(case, 1e-5)
             )
 
 
