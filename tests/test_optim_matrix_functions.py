@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanorun.optim.matrix_functions import (
     COEFFICIENTS,
     MINIMAX,
     CoefficientSet,
     newton_schulz,
+    newton_schulz_cost,
     shape_groups,
     stack_by_shape,
 )
@@ -377,3 +379,12 @@ def test_stacks_hold_each_matrix_once_with_its_index():
     for indices, stack_KMN in stack_by_shape(matrices):
         for index, matrix in zip(indices, stack_KMN, strict=True):
             assert torch.equal(matrix, matrices[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48), (96, 32), (16, 128)])
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_the_cost_of_newton_schulz_is_the_arithmetic_that_torch_counts(shape, steps, dtype):
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.randn(1, *shape), steps=steps, dtype=dtype)
+    assert 2 * newton_schulz_cost(*shape, steps, dtype=dtype) == counter.get_total_flops()

@@ -1,11 +1,15 @@
-"""Two ranks under torchrun do the work of one."""
+"""Many ranks under torchrun do the work of one."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import ranks_work
+
+from nanorun.training.distributed import Ranks
 
 TINY = [
     "train.steps=5",
@@ -76,3 +80,89 @@ def test_waiting_for_the_rank_that_saves_is_not_counted(tmp_path):
     result, _ = trained(tmp_path, *TWO_RANKS, program=program, settings=settings)
     assert result["clock"]["checkpoint_seconds"] > 5.5
     assert result["clock"]["train_seconds"] < 2.0
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """What ranks_work.py finds on 2, 4 and 1 ranks: by number of ranks, a list by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    many = {n_ranks: results_of_work(n_ranks, folder) for n_ranks in (2, 4)}
+    return {**many, 1: [ranks_work.work(Ranks(), folder)]}
+
+
+def results_of_work(n_ranks, folder):
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n_ranks)]
+    words += [str(Path(__file__).parent / "ranks_work.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=180)
+        if "exitcode: -6" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads((folder / f"{n_ranks}-{rank}.json").read_text()) for rank in range(n_ranks)]
+
+
+EVERY_CASE = pytest.mark.parametrize("case", [*ranks_work.OPTIMIZERS, *ranks_work.MODES])
+EVERY_OPTIMIZER = pytest.mark.parametrize("case", ranks_work.OPTIMIZERS)
+NEAR = {"bf16_master": 0.01, "soap": 1e-3}
+"""How far losses may lie apart where that is not 1e-5: gradients rounded to bf16 before they are added, and SOAP,
+whose bases of few gradients make the most of rounding (one rank's losses lie 4e-4 apart between micro-batches of
+one row and of eight)."""
+
+
+@pytest.mark.slow
+@EVERY_CASE
+def test_every_split_of_a_step_over_ranks_and_micro_batches_gives_one_curve(worked, case):
+    (one,) = worked[1]
+    whole = one[case]["losses"]["8"]
+    assert whole[-1] < whole[0]
+    for n_ranks, results in worked.items():
+        assert len(results[0][case]["losses"]) == (2 if n_ranks == 4 else 3)
+        for result in results:
+            for found in result[case]["losses"].values():
+                assert found == pytest.approx(whole, abs=NEAR.get(case, 1e-5))
+            assert result[case]["losses"] == results[0][case]["losses"]
+
+
+@pytest.mark.slow
+@EVERY_OPTIMIZER
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_two_and_four(worked, case):
+    whole = worked[2][0][case]["losses"]["4"]
+    for results in worked.values():
+        for result in results:
+            assert result[case]["gone_on"] == pytest.approx(whole[3:], abs=NEAR.get(case, 1e-5))
+    assert worked[2][1][case]["gone_on"] == whole[3:]
+
+
+@pytest.mark.slow
+@EVERY_OPTIMIZER
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(worked, case):
+    for results in worked.values():
+        for result in results:
+            found = result[case]["bad_step"]
+            assert found["bad"]
+            assert found["kept"]
+            assert found["losses"] == pytest.approx(
+                worked[1][0][case]["bad_step"]["losses"], abs=NEAR.get(case, 1e-5)
+            )
+
+
+@pytest.mark.slow
+def test_state_falls_with_the_ranks_where_they_share_and_is_whole_together(worked):
+    for case in ("muon", "shampoo", "soap"):
+        alone, whole = worked[1][0][case]["state_bytes"]
+        assert alone == whole
+        most = [max(result[case]["state_bytes"][0] for result in worked[n_ranks]) for n_ranks in (1, 2, 4)]
+        assert most[0] > most[1] > most[2]
+        for results in worked.values():
+            assert [result[case]["state_bytes"][1] for result in results] == [whole] * len(results)
+    assert {result["adamw"]["state_bytes"][0] for result in worked[4]} == {
+        worked[1][0]["adamw"]["state_bytes"][0]
+    }
+
+
+@pytest.mark.slow
+def test_as_many_ranks_give_the_same_bits_again(worked):
+    for results in worked.values():
+        for result in results:
+            assert result["again"] == result["muon"]["losses"]["1"]

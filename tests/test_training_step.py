@@ -25,9 +25,9 @@ def gradients_at_the_update(stepper, monkeypatch):
     seen = []
     real = stepper.optimizers.step
 
-    def watching(skip=None):
+    def watching(skip=None, **options):
         seen.append(torch.cat([p.grad.flatten().clone() for p in stepper.optimizers.parameters()]))
-        real(skip=skip)
+        real(skip=skip, **options)
 
     monkeypatch.setattr(stepper.optimizers, "step", watching)
     return seen

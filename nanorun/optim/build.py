@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -19,11 +20,21 @@ from torch import Tensor
 from nanorun.errors import UserError, nearest
 from nanorun.optim.averaging import WeightAverage
 from nanorun.optim.options import Option, Variant, check_options
+from nanorun.optim.ownership import Peers, Sharing, parameters_of
 
 ROLE_NAMES = ("embedding", "head", "matrix", "vector")
 
 _NOT_ALGORITHMS = frozenset(
-    {"build", "closures", "matrix_functions", "inverse_roots", "schedules", "averaging", "options"}
+    {
+        "build",
+        "closures",
+        "matrix_functions",
+        "inverse_roots",
+        "schedules",
+        "averaging",
+        "options",
+        "ownership",
+    }
 )
 
 ELSEWHERE = {
@@ -139,7 +150,10 @@ def _first_given(algorithm: Algorithm, entries: list[Any], options: dict[str, An
 
 
 def build_optimizers(
-    model: HasRoles, optim: Mapping[str, Mapping[str, Any]], average: WeightAverage | None = None
+    model: HasRoles,
+    optim: Mapping[str, Mapping[str, Any]],
+    average: WeightAverage | None = None,
+    peers: Peers | None = None,
 ) -> OptimizerSet:
     """Return the optimizers of a model, every parameter in exactly one group.
 
@@ -149,6 +163,9 @@ def build_optimizers(
 
     Roles with the same built-in algorithm share one optimizer with a group each; an outside class gets one
     optimizer per role, since its options need not be per group.
+
+    With `peers` the ranks share the work of those optimizers that can (ownership.py); the others do all of it on
+    every rank.
     """
     known = [*ROLE_NAMES, "default"]
     for key in optim:
@@ -171,7 +188,7 @@ def build_optimizers(
         parts.setdefault(key, []).append((algorithm, group))
     optimizers = [_construct_groups(part) for part in parts.values()]
     _prove_assigned_once(model, optimizers)
-    return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()], average)
+    return OptimizerSet(optimizers, [part[0][0].name for part in parts.values()], average, peers)
 
 
 _GROUP_KEYS = ("params", "base_lr", "role", "n_stacked")
@@ -385,8 +402,10 @@ class OptimizerSet:
         optimizers: list[torch.optim.Optimizer],
         names: list[str],
         average: WeightAverage | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.optimizers, self.names, self.average = optimizers, names, average
+        self.sharing = Sharing(optimizers, peers) if peers is not None and peers.n_ranks > 1 else None
         self._with_modes = [one for one in optimizers if hasattr(one, "eval") and hasattr(one, "train")]
         self._training_weights: list[Tensor] | None = None
         for optimizer in self._with_modes:
@@ -420,31 +439,36 @@ class OptimizerSet:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def step(self, skip: Tensor | None = None) -> None:
+    def step(self, skip: Tensor | None = None, *, send: bool = True) -> None:
         """Update all parameters; where `skip` (0-dim, on their device) is not zero, change nothing at all.
 
         Parameters, moments and step counters keep their bits. On the CPU, and where an optimizer says
         `skips_on_host`, the host reads the flag. Else it does not wait to learn it: optimizers that read
         `found_inf`, torch's convention, do this themselves, and any other is put back from a copy, at the
         price of that copy; counters that such a one keeps as Python numbers do move on.
+
+        Where ranks share the work, what a rank updated travels to the others while optimizers that all ranks
+        step alike take theirs. It travels after a skipped step too, so that no rank ever waits for one that
+        has other ideas. Without `send` it stays where it is, and the ranks' weights differ.
         """
         on_host = skip is not None and (
             skip.device.type == "cpu" or any(getattr(o, "skips_on_host", False) for o in self.optimizers)
         )
-        skipped = on_host and bool(skip)
+        if on_host:
+            step = _do_not_step if bool(skip) else _step
+        else:
+            step = _step if skip is None else partial(_step_unless, skip=skip)
+        parcels = []
+        shared = self.sharing.shared if self.sharing else []
+        for optimizer in shared:
+            self.sharing.drop_others_gradients(optimizer)
+            step(optimizer)
+            parcels += self.sharing.send(optimizer) if send else []
         for optimizer in self.optimizers:
-            if skip is None or (on_host and not skipped):
-                optimizer.step()
-            elif skipped:
-                continue
-            elif _reads_found_inf(optimizer):
-                optimizer.found_inf = skip.to(torch.float32)
-                try:
-                    optimizer.step()
-                finally:
-                    del optimizer.found_inf
-            else:
-                _step_or_put_back(optimizer, skip != 0)
+            if optimizer not in shared:
+                step(optimizer)
+        for parcel in parcels:
+            parcel.receive()
 
     def after_step(self, done: int) -> None:
         """Let the average, if there is one, take its snapshot of the weights after `done` finished steps."""
@@ -480,7 +504,20 @@ class OptimizerSet:
         self._training_weights = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return names and states; plain containers and tensors, as torch.load(weights_only=True) wants."""
+        """Return names and states; plain containers and tensors, as torch.load(weights_only=True) wants.
+
+        Where ranks share the work, all must call it: rank 0 gets the whole, which depends on their number in no
+        way, and the others their own part.
+        """
+        state = self.own_state_dict()
+        if self.sharing is not None:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                if optimizer in self.sharing.shared:
+                    saved["state"] = self.sharing.whole_state(optimizer, saved["state"])
+        return state
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """Return what `state_dict` does, of the state that this rank holds."""
         return {
             "names": list(self.names),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -488,13 +525,18 @@ class OptimizerSet:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, learning rates included; the set must have the same config."""
+        """Restore what `state_dict` returned, learning rates included; the set must have the same config.
+
+        Each rank takes the whole and keeps the state of the parameters that it updates.
+        """
         if list(state["names"]) != self.names:
             raise UserError(
                 f"this state belongs to the optimizers {', '.join(state['names'])}, and the run has "
                 f"{', '.join(self.names)}: resume with the config that wrote it"
             )
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            if self.sharing is not None and optimizer in self.sharing.shared:
+                saved = self.sharing.own_part(optimizer, saved)
             try:
                 optimizer.load_state_dict(saved)
             except ValueError as error:
@@ -517,10 +559,34 @@ class OptimizerSet:
         return rows
 
     def state_bytes(self) -> int:
-        """Return the bytes of all state tensors; before the first step there may be none."""
+        """Return the bytes of all state tensors; before the first step there may be none.
+
+        What other ranks alone hold is counted as of the last `state_dict`, which tells of it.
+        """
+        elsewhere = self.sharing.bytes_elsewhere() if self.sharing else 0
         averages = [] if self.average is None else self.average.tensors()
         states = [list(_state_tensors(optimizer).values()) for optimizer in self.optimizers]
-        return sum(tensor.nbytes for tensors in [averages, *states] for tensor in tensors)
+        return elsewhere + sum(tensor.nbytes for tensors in [averages, *states] for tensor in tensors)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+
+
+def _do_not_step(optimizer: torch.optim.Optimizer) -> None:
+    pass
+
+
+def _step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Step; where `skip`, which the host does not read, change nothing."""
+    if not _reads_found_inf(optimizer):
+        _step_or_put_back(optimizer, skip != 0)
+        return
+    optimizer.found_inf = skip.to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
@@ -543,7 +609,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Te
 @torch.no_grad()
 def _step_or_put_back(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """Step; where `skip`, put parameters and state back, and state that is new in this step to zero."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     old_parameters = [parameter.clone() for parameter in parameters]
     old_state = {key: tensor.clone() for key, tensor in _state_tensors(optimizer).items()}
     optimizer.step()

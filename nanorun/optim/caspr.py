@@ -36,6 +36,7 @@ from nanorun.optim.distributed_shampoo import (
     Bucket,
     Member,
     adam_directions,
+    blocked_cost,
     buckets_of,
     check_stacks,
     eyes,
@@ -125,6 +126,14 @@ class CASPR(torch.optim.Optimizer):
         """Add a group after checking that each parameter is divisible by its `n_stacked`."""
         super().add_param_group(param_group)
         check_stacks(self.param_groups[-1])
+
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of an average step on a matrix, or a vector of one column; see ownership.py."""
+        if cols == 1 or max(rows, cols) > LONGEST_SIDE:
+            return float(rows * cols)
+        # Left three products, right two.
+        return blocked_cost(group, rows, cols, products=2.5)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

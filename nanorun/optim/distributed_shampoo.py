@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nanorun.errors import UserError
 from nanorun.optim.closures import loss_of
-from nanorun.optim.inverse_roots import inverse_root
+from nanorun.optim.inverse_roots import ROOT_PRODUCTS, inverse_root, two_sided_cost
 from nanorun.optim.muon import stacked_counts
 from nanorun.optim.options import REQUIRED, Option
 
@@ -249,6 +249,15 @@ def check_stacks(group: dict[str, Any]) -> None:
             raise UserError(f"a parameter of shape {shape} does not hold {n_stacked} stacked matrices")
 
 
+def blocked_cost(group: dict[str, Any], rows: int, cols: int, *, products: float) -> float:
+    """Return `two_sided_cost` summed over the blocks of one matrix."""
+    longest, roots = group["block_size"], (ROOT_PRODUCTS + 1) / group["precondition_frequency"]
+    return sum(
+        tile.count * two_sided_cost(*tile.shape, longest=longest, products=products, roots=roots)
+        for tile in tiles_of((rows, cols), 1, longest)
+    )
+
+
 def eyes(tile: Tile, size: int, like: Tensor) -> Tensor:
     """Return one identity matrix per block of the tile."""
     return torch.eye(size, dtype=like.dtype, device=like.device).repeat(tile.count, 1, 1)
@@ -311,6 +320,11 @@ class DistributedShampoo(torch.optim.Optimizer):
         """Add a group after checking that each parameter is divisible by its `n_stacked`."""
         super().add_param_group(param_group)
         check_stacks(self.param_groups[-1])
+
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of an average step on a matrix, or a vector of one column; see ownership.py."""
+        return blocked_cost(group, rows, cols, products=2)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

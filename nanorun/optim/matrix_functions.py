@@ -120,6 +120,11 @@ def stack_by_shape(matrices: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]
     ]
 
 
+def dtype_of_products(matrix: Tensor) -> torch.dtype:
+    """Return what newton_schulz computes in unless told: bf16 on CUDA, elsewhere the matrix's own, at least fp32."""
+    return torch.bfloat16 if matrix.is_cuda else torch.promote_types(matrix.dtype, torch.float32)
+
+
 @torch.no_grad()
 def newton_schulz(
     grad_KMN: Tensor,
@@ -151,9 +156,8 @@ def newton_schulz(
     times its share on square Gaussian matrices of that size.
 
     `eps` is the Frobenius norm below which a matrix is taken for noise and shrinks with its norm; a matrix of
-    zeros stays zero. `dtype` is what the products are computed in: bf16 on CUDA and the input's own (at least
-    fp32) elsewhere, unless given. The result has the input's dtype and shape; `overwrite` lets the input's
-    memory be used for it.
+    zeros stays zero. `dtype` is what the products are computed in, `dtype_of_products` unless given. The result
+    has the input's dtype and shape; `overwrite` lets the input's memory be used for it.
 
     Differs from `torch.optim.Muon` in that it works on stacks, takes dtype from the device, does not
     underflow (torch squares the raw entries and floors the norm at 1e-7), and multiplies the polynomials of
@@ -161,13 +165,12 @@ def newton_schulz(
     steps leave out the last polynomials and not the first, which raises small singular values more.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if grad_KMN.is_cuda else torch.promote_types(grad_KMN.dtype, torch.float32)
+        dtype = dtype_of_products(grad_KMN)
     x_KMN = grad_KMN.to(torch.promote_types(grad_KMN.dtype, torch.float32), copy=not overwrite)
     x_KMN = _normalise_(x_KMN, eps).to(dtype)
     rows, cols = x_KMN.shape[1:]
     tall = rows > cols
-    oblong = max(rows, cols) >= 2 * min(rows, cols)
-    longest = LONGEST_RUN if oblong and torch.finfo(dtype).bits >= 32 else 1
+    longest = _longest_run(*sorted((rows, cols)), dtype)
     gram_KSS = None
     if coefficients.preconditioned:
         x_KMN, gram_KSS = _precondition(x_KMN, tall)
@@ -184,6 +187,18 @@ def newton_schulz(
         x_KMN = torch.bmm(x_KMN, product_KSS) if tall else torch.bmm(product_KSS, x_KMN)
         gram_KSS = None
     return x_KMN.to(grad_KMN.dtype)
+
+
+def newton_schulz_cost(rows: int, cols: int, steps: int, *, dtype: torch.dtype) -> float:
+    """Return the multiply-adds of that many steps of newton_schulz on one matrix, computed in `dtype`."""
+    short, long = sorted((rows, cols))
+    runs = -(-steps // _longest_run(short, long, dtype))
+    # A run reads and writes the matrix once; each further step in it takes three products of the small side.
+    return float(short**2 * (2 * long * runs + short * (steps + 3 * (steps - runs))))
+
+
+def _longest_run(short: int, long: int, dtype: torch.dtype) -> int:
+    return LONGEST_RUN if long >= 2 * short and torch.finfo(dtype).bits >= 32 else 1
 
 
 def _gram(x_KMN: Tensor, tall: bool) -> Tensor:

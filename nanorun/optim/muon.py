@@ -19,7 +19,14 @@ from torch import Tensor
 
 from nanorun.errors import UserError
 from nanorun.optim.closures import loss_of
-from nanorun.optim.matrix_functions import COEFFICIENTS, cache_sized, newton_schulz, shape_groups
+from nanorun.optim.matrix_functions import (
+    COEFFICIENTS,
+    cache_sized,
+    dtype_of_products,
+    newton_schulz,
+    newton_schulz_cost,
+    shape_groups,
+)
 from nanorun.optim.options import REQUIRED, Option, Variant
 
 SUMMARY = "Momentum whose singular values are all brought near 1; for matrices, beside AdamW for the rest."
@@ -234,6 +241,12 @@ class Muon(torch.optim.Optimizer):
                 )
             if n_stacked < 1 or shape[0] % n_stacked:
                 raise UserError(f"a parameter of shape {shape} does not hold {n_stacked} stacked matrices")
+
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of one matrix's Newton–Schulz steps; see ownership.py."""
+        dtype = dtype_of_products(group["params"][0])
+        return newton_schulz_cost(rows, cols, group["ns_steps"], dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanorun.errors import UserError
 from nanorun.optim.closures import loss_of
-from nanorun.optim.inverse_roots import inverse_root
+from nanorun.optim.inverse_roots import ROOT_PRODUCTS, inverse_root, two_sided_cost
 from nanorun.optim.muon import stacked_counts
 from nanorun.optim.options import REQUIRED, Option
 
@@ -116,6 +116,13 @@ class Shampoo(torch.optim.Optimizer):
         """Add a group after checking that its parameters are matrices, vectors or scalars."""
         super().add_param_group(param_group)
         check_shapes(self.param_groups[-1], "Shampoo")
+
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of an average step on a matrix, or a vector of one column; see ownership.py."""
+        longest = group["max_preconditioner_dim"] if cols > 1 else 0
+        roots = (ROOT_PRODUCTS + 1) / group["precondition_frequency"]
+        return two_sided_cost(rows, cols, longest=longest, products=2, roots=roots)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

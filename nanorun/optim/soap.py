@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanorun.optim.closures import loss_of
-from nanorun.optim.inverse_roots import eigenbasis, refine_eigenbasis
+from nanorun.optim.inverse_roots import ROOT_PRODUCTS, eigenbasis, refine_eigenbasis, two_sided_cost
 from nanorun.optim.options import REQUIRED, Option
 from nanorun.optim.shampoo import Alike, accumulate_, alike, check_shapes
 
@@ -135,6 +135,15 @@ class SOAP(torch.optim.Optimizer):
         """Add a group after checking that its parameters are matrices, vectors or scalars."""
         super().add_param_group(param_group)
         check_shapes(self.param_groups[-1], "SOAP")
+
+    @staticmethod
+    def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
+        """Return the multiply-adds of an average step on a matrix, or a vector of one column; see ownership.py."""
+        longest = group["max_precond_dim"] if cols > 1 else 0
+        every = group["precondition_frequency"]
+        # The statistic, there and back; when the basis is refined also the average, from the old to the new.
+        products, roots = 3 + 2 / every, (ROOT_PRODUCTS / 2 + 1) / every
+        return two_sided_cost(rows, cols, longest=longest, products=products, roots=roots)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nanorun.errors import UserError
+from nanorun.optim.ownership import Pending
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,21 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=_collective_device())
         return str(box[0])
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add all gradients up over the ranks, one flat buffer a dtype."""
+    def start_sum(self, tensor: torch.Tensor) -> Pending:
+        """Begin to add `tensor` up over all ranks, in place."""
+        return dist.all_reduce(tensor, async_op=True)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> Pending:
+        """Begin to write rank `source`'s tensor into every rank's."""
+        return dist.broadcast(tensor, source, async_op=True)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Return what each rank gave, by rank; it travels pickled."""
         if self.n_ranks == 1:
-            return
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for grads in by_dtype.values():
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            torch._foreach_copy_(
-                grads,
-                [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in grads]), grads)],
-            )
+            return [thing]
+        things: list[Any] = [None] * self.n_ranks
+        dist.all_gather_object(things, thing)
+        return things
 
 
 def join(device_type: str) -> Ranks:

@@ -123,7 +123,8 @@ def set_up(
     _check_lengths(config, tokens, validation_tokens)
     predicted = _predicted(config, validation_tokens, folder, ranks)
     model = _new_model(config, manifest.vocab_size, device)
-    optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
+    average = make_average(**config.average.model_dump())
+    optimizers = build_optimizers(model, config.optim_by_role, average, ranks)
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
     run_folder = Path(begun.folder)
     if not begun.resumes:

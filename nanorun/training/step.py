@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Callable
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet
 from nanorun.training.distributed import Ranks
 from nanorun.training.feed import Feed, Span
+from nanorun.training.gradients import GradientSum
 
 MICRO_BATCH_TOKENS_CPU = 2048
 """Tokens of one forward pass on a CPU under `micro_batch_rows = 0`; found by scripts/bench_step.py --micro."""
@@ -67,6 +68,7 @@ class Stepper:
         self.precision = chosen_precision(config.train.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.working = _bf16_copy(model) if self.precision == "bf16_master" else model
+        self.gradients = GradientSum(self.working.parameters(), ranks)
         self.forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.working
         # No method of this object: a circle would keep the model's memory after the run.
         read = partial(training_rows, tokens, seed=config.seed, context_len=config.model.context_len)
@@ -114,14 +116,17 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.device)
         spans = self._spans(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
-        for span, then in zip_longest(spans, [*spans[1:], *after]):
+        for span, then in pairwise(spans):
             loss_sum += self.backward(*self.feed.take(span, then))
+        with self.gradients.travelling():
+            loss_sum += self.backward(*self.feed.take(spans[-1], *after))
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
-        self.ranks.sum_(shared)
-        self.ranks.sum_gradients(self.working.parameters())
+        self.gradients.finish(shared)
         return self.update(shared[0] / self.config.train.batch_tokens, scale, shared[1])
 
-    def update(self, loss: torch.Tensor, scale: float, stop_votes: torch.Tensor) -> StepResult:
+    def update(
+        self, loss: torch.Tensor, scale: float, stop_votes: torch.Tensor, *, send: bool = True
+    ) -> StepResult:
         """Clip, flag what is not finite, and let the optimizers move the weights unless flagged."""
         if self.working is not self.model:
             for master, low in zip(self.model.parameters(), self.working.parameters()):
@@ -133,7 +138,7 @@ class Stepper:
         if self.config.train.grad_clip:
             torch._foreach_mul_(grads, (self.config.train.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
         self.optimizers.set_scale(scale)
-        self.optimizers.step(skip=bad)
+        self.optimizers.step(skip=bad, send=send)
         self.optimizers.zero_grad()
         self.refresh_working_copy()
         return StepResult(loss, grad_norm, bad, stop_votes)
@@ -166,7 +171,7 @@ class Stepper:
         On CUDA a micro-batch that does not fit is halved, and the tokens of the step stay.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
-        blank = copy.deepcopy(self.optimizers.state_dict())
+        blank = copy.deepcopy(self.optimizers.own_state_dict())
         while True:
             try:
                 self._dummy_step()
@@ -198,7 +203,8 @@ class Stepper:
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             loss = self.backward(*self.to_device(idx_BT, idx_BT.clone()))
         try:
-            self.update(loss, 1.0, torch.zeros((), device=self.device))
+            # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
+            self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             outside = [name for name in self.optimizers.names if ":" in name]
             if not outside or isinstance(error, torch.OutOfMemoryError):
