@@ -187,6 +187,9 @@ def train(
     require_target: Annotated[
         bool, typer.Option("--require-target", help="Exit with 1 if the target is missed.")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms alone; it says what they cost.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
@@ -202,7 +205,7 @@ def train(
         "wandb": wandb,
     }
     behaviour = {"record": record, "stop_at_target": stop_at_target, "require_target": require_target}
-    options = {**places, **behaviour}
+    options = {**places, **behaviour, "deterministic": deterministic}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
     changes += [] if mix is None else [mix_setting(mix)]

@@ -346,7 +346,8 @@ def _setting(plan: Plan) -> tuple[Code, Hardware, Software]:
     code = _code_here() if plan.repository is None else plan.record.code
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     hardware = {**machine.hardware(plan.device, n_ranks), "n_threads": plan.n_threads}
-    return code, Hardware(**hardware), Software(**machine.software(plan.record.software.compiled))
+    then = plan.record.software
+    return code, Hardware(**hardware), Software(**machine.software(then.compiled, then.deterministic))
 
 
 def _code_here() -> Code:
@@ -471,6 +472,7 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         records=private / "records",
         device=str(plan.device) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else plan.device.type,
         stop_at_target=plan.record.stop_at_target,
+        deterministic=plan.record.software.deterministic,
         reproduces=plan.record.id,
     )
     try:
@@ -537,7 +539,11 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
         "--runs",
         str(private),
     ]
-    return [*words, *(["--stop-at-target"] if record.stop_at_target else [])]
+    flags = {
+        "--stop-at-target": record.stop_at_target,
+        "--deterministic": record.software.deterministic,
+    }
+    return [*words, *(flag for flag, is_on in flags.items() if is_on)]
 
 
 def _wait_for(command: list[str], folder: Path, surroundings: dict[str, str]) -> int:
