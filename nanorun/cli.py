@@ -210,6 +210,9 @@ def train(
     require_target: Annotated[
         bool, typer.Option("--require-target", help="Exit with 1 if the target is missed.")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Deterministic algorithms alone; it says what they cost.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
@@ -229,7 +232,12 @@ def train(
         "stop_at_target": stop_at_target,
         "require_target": require_target,
     }
-    behaviour |= {"skip_bad_steps": skip_bad_steps, "allow_inexact": allow_inexact, "run": run or ""}
+    behaviour |= {
+        "skip_bad_steps": skip_bad_steps,
+        "allow_inexact": allow_inexact,
+        "run": run or "",
+        "deterministic": deterministic,
+    }
     options = {**places, **behaviour}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanorun.dropout import dropout, kept, keys_at
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -99,7 +101,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None, drop_keys_B: Tensor | None
+    ) -> Tensor:
         n_rows, n_positions, n_embd = x_BTC.shape
         head_width = n_embd // self.n_head
         qkv_BT3HD = self.qkv(x_BTC).view(n_rows, n_positions, 3, self.n_head, head_width)
@@ -109,14 +113,28 @@ class Attention(nn.Module):
         if rotary_T11D is not None:
             qk_BT2HD = rotate(qk_BT2HD, *rotary_T11D)
         q_BTHD, k_BTHD = qk_BT2HD.to(v_BTHD.dtype).unbind(dim=2)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BTHD.transpose(1, 2),
-            k_BTHD.transpose(1, 2),
-            v_BTHD.transpose(1, 2),
-            is_causal=True,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        qkv = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
+        if drop_keys_B is None:
+            y_BHTD = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        else:
+            y_BHTD = attention_under_dropout(*qkv, drop_keys_B, self.dropout)
         return self.proj(y_BHTD.transpose(1, 2).reshape(n_rows, n_positions, n_embd))
+
+
+def attention_under_dropout(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, drop_keys_B: Tensor, p: float
+) -> Tensor:
+    """Return causal attention, a share `p` of its weights dropped by row.
+
+    No fused kernel takes a mask of ours, so the (T, T) weights of every head are held in memory.
+    """
+    n_rows, n_head, n_positions, head_width = q_BHTD.shape
+    scores_BHTT = (q_BHTD / math.sqrt(head_width)) @ k_BHTD.transpose(2, 3)
+    future_TT = scores_BHTT.new_full((n_positions, n_positions), -math.inf).triu(1)
+    weights_BHTT = (scores_BHTT + future_TT).softmax(-1, dtype=torch.float32).to(v_BHTD.dtype)
+    kept_BLT = kept(drop_keys_B, n_head * n_positions, n_positions, p, v_BHTD.dtype)
+    y_BHTD = (weights_BHTT * kept_BLT.view(n_rows, n_head, n_positions, n_positions)) @ v_BHTD
+    return y_BHTD * (1 / (1 - p))
 
 
 class MLP(nn.Module):
@@ -145,13 +163,19 @@ class Block(nn.Module):
         self.norm_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None) -> Tensor:
-        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D))
-        return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)))
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary_T11D: tuple[Tensor, Tensor] | None,
+        drop_keys_B: Tensor | None = None,
+    ) -> Tensor:
+        keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
+        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D, keys[0]), keys[1])
+        return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)), keys[2])
 
-    def drop(self, x_BTC: Tensor) -> Tensor:
+    def drop(self, x_BTC: Tensor, drop_keys_B: Tensor | None) -> Tensor:
         """Return `x` under dropout, or `x` itself where there is none."""
-        return F.dropout(x_BTC, self.dropout, self.training) if self.dropout else x_BTC
+        return x_BTC if drop_keys_B is None else dropout(x_BTC, drop_keys_B, self.dropout)
 
 
 class GPT(nn.Module):
@@ -177,13 +201,16 @@ class GPT(nn.Module):
         self.norm_f = make_norm(config)
         self.head = None if config.tied_head else nn.Linear(n_embd, vocab_size, bias=False)
 
-    def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, idx_BT: Tensor, targets_BT: Tensor | None = None, drop_keys_B: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits_BTV in fp32; with targets, the summed loss in nats (fp32) and how many it sums.
 
         Targets of -1 are left out of both. Dividing once, after all micro-batches and ranks, makes the loss
-        independent of how the tokens were split.
+        independent of how the tokens were split. A model with dropout needs the rows' keys to train
+        (nanorun.dropout.row_keys), which its masks are functions of.
         """
-        x_BTC = self.norm_f(self.hidden(idx_BT))
+        x_BTC = self.norm_f(self.hidden(idx_BT, drop_keys_B))
         if targets_BT is None:
             return self.logits(x_BTC)
         logits_NV = self.logits(x_BTC.flatten(0, 1))
@@ -191,7 +218,7 @@ class GPT(nn.Module):
         loss_sum = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED_TARGET, reduction="sum")
         return loss_sum, (targets_N != IGNORED_TARGET).sum()
 
-    def hidden(self, idx_BT: Tensor) -> Tensor:
+    def hidden(self, idx_BT: Tensor, drop_keys_B: Tensor | None = None) -> Tensor:
         """Return the residual stream after the last block, (B, T, C)."""
         n_positions = idx_BT.size(1)
         if n_positions > self.config.context_len:
@@ -205,14 +232,20 @@ class GPT(nn.Module):
             x_BTC = x_BTC + self.wpe.weight[:n_positions]
         if self.rotary is not None:
             rotary_T11D = self.rotary.cos_T11D[:n_positions], self.rotary.sin_T11D[:n_positions]
-        if self.config.dropout:
-            x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
+        drops = bool(self.config.dropout) and self.training
+        if drops:
+            assert drop_keys_B is not None, "a model with dropout needs the keys of its rows to train"
+            x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         recompute = self.checkpoint_activations == "block" and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            keys_B = keys_at(drop_keys_B, layer) if drops else None
             if recompute:
-                x_BTC = checkpoint(block, x_BTC, rotary_T11D, use_reentrant=False)
+                # Nothing in a block is drawn from a generator whose state would have to be put back.
+                x_BTC = checkpoint(
+                    block, x_BTC, rotary_T11D, keys_B, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BTC = block(x_BTC, rotary_T11D)
+                x_BTC = block(x_BTC, rotary_T11D, keys_B)
         return x_BTC
 
     def logits(self, x_C: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Prints, for each preset: milliseconds of a step and of its optimizer part, tokens/s, and the share of the best
 GEMM rate of the same process that the step reaches, by GPT.flops_per_token. `--micro` tries micro-batches,
-`--windows` validation passes, `--compile` adds the compiled step and what compiling cost. Presets take turns,
-so that a machine whose speed drifts moves all alike; the medians are printed, and `--out` writes JSON.
+`--windows` validation passes, `--compile` adds the compiled step and what compiling cost, `--deterministic` the step
+with deterministic algorithms alone. Presets take turns, so that a machine whose speed drifts moves all alike; the
+medians are printed, and `--out` writes JSON.
 
     python scripts/bench_step.py --track sotu --optim adamw --optim muon --micro 1024,2048,4096 --compile
 """
@@ -26,9 +27,11 @@ from nanorun.doctor import gemm_gflops
 from nanorun.tracks import load_track
 from nanorun.training import distributed, setup
 from nanorun.training.clock import TrainingClock
-from nanorun.training.machine import hardware
+from nanorun.training.machine import deterministic_algorithms, hardware
 from nanorun.training.setup import Options, Run
 from nanorun.training.taking_up import Begun
+
+DETERMINISTIC = " deterministic"
 
 
 def make_run(track_name: str, optim: str, settings: list[str], data: Path, folder: str) -> Run:
@@ -49,9 +52,10 @@ def time_steps(runs: dict[str, Run], steps: int) -> dict[str, tuple[float, float
         run.stepper.update = _timed(run.stepper.update, updates[name])  # type: ignore[method-assign]
     for step in range(steps):
         for name, run in runs.items():
-            began = time.perf_counter()
-            float(run.stepper.step(step, 1.0).loss)
-            whole[name].append(time.perf_counter() - began)
+            with deterministic_algorithms(name.endswith(DETERMINISTIC)):
+                began = time.perf_counter()
+                float(run.stepper.step(step, 1.0).loss)
+                whole[name].append(time.perf_counter() - began)
     return {name: (statistics.median(whole[name]), statistics.median(updates[name])) for name in runs}
 
 
@@ -75,6 +79,7 @@ def main() -> None:
     parser.add_argument("--micro", default="", help="tokens of a micro-batch to try, with commas")
     parser.add_argument("--windows", default="", help="validation windows a pass to try, with commas")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path)
@@ -110,6 +115,11 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
             run.stepper.warm_up()
             document["compile_seconds"][optim] = time.perf_counter() - began
             runs[f"{optim} compiled"] = run
+    if arguments.deterministic:
+        for optim in arguments.optim or ["adamw", "muon"]:
+            runs[optim + DETERMINISTIC] = make_run(
+                arguments.track, optim, arguments.settings, arguments.data, folder
+            )
     seconds = time_steps(runs, arguments.steps)
     rate = max(rate, gemm_gflops())
     document["gemm_gflops"] = rate

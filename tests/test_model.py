@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from nanorun.model import GPT, SquaredReLU, rotate
+from nanorun.dropout import kept, row_keys
+from nanorun.model import GPT, SquaredReLU, attention_under_dropout, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,10 @@ def make_model(config, seed=0, vary_zeros=True):
 
 def make_tokens(n_rows=3, n_positions=16, seed=0):
     return torch.randint(VOCAB_SIZE, (n_rows, n_positions), generator=torch.Generator().manual_seed(seed))
+
+
+def keys_of_rows(n_rows, first_row=0):
+    return row_keys(0, first_row, n_rows, torch.device("cpu"))
 
 
 def test_logits_and_loss_equal_those_of_transformers_gpt2():
@@ -184,8 +189,8 @@ def test_checkpointed_blocks_give_the_same_bits(config, dropout):
     for mode in ("none", "block"):
         model = make_model(dataclasses.replace(config, dropout=dropout)).train()
         model.checkpoint_activations = mode
-        torch.manual_seed(7)
-        loss_sum, _ = model(tokens[:, :-1], tokens[:, 1:])
+        loss_sum, _ = model(tokens[:, :-1], tokens[:, 1:], keys_of_rows(3))
+        torch.manual_seed(len(results))
         loss_sum.backward()
         results.append([loss_sum.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -204,9 +209,56 @@ def test_checkpointing_computes_blocks_again_in_the_backward_pass_only_when_trai
 
 
 def test_dropout_acts_in_training_alone():
-    model, tokens = make_model(dataclasses.replace(GPT2, dropout=0.5)), make_tokens()
-    assert not torch.equal(model.train()(tokens), model(tokens))
-    assert torch.equal(model.eval()(tokens), model(tokens))
+    model, tokens, keys_B = make_model(dataclasses.replace(GPT2, dropout=0.5)), make_tokens(), keys_of_rows(3)
+    assert not torch.equal(model.train()(tokens, None, keys_B), model.eval()(tokens, None, keys_B))
+    assert torch.equal(model(tokens, None, keys_B), model(tokens))
+
+
+@BOTH
+def test_under_dropout_a_row_depends_on_its_own_key_alone_and_on_no_generator(config):
+    model, tokens = make_model(dataclasses.replace(config, dropout=0.3)).train(), make_tokens()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        whole = model(tokens, None, keys_of_rows(3))
+        alone = [model(tokens[row : row + 1], None, keys_of_rows(3)[row : row + 1]) for row in range(3)]
+        other = model(tokens, None, keys_of_rows(3, first_row=3))
+    torch.testing.assert_close(torch.cat(alone), whole, rtol=0, atol=1e-5)
+    assert float((other - whole).abs().amax(dim=(1, 2)).min()) > 0.01
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_place_in_the_network_has_masks_of_its_own(monkeypatch):
+    seen = []
+
+    def watching(keys_B, n_lines, width, p, dtype):
+        seen.append(tuple(keys_B.tolist()))
+        return kept(keys_B, n_lines, width, p, dtype)
+
+    monkeypatch.setattr("nanorun.dropout.kept", watching)
+    monkeypatch.setattr("nanorun.model.kept", watching)
+    make_model(dataclasses.replace(GPT2, dropout=0.3)).train()(make_tokens(), None, keys_of_rows(3))
+    # The embedding; then attention's weights and two residual branches in each of two layers.
+    assert len(seen) == len(set(seen)) == 1 + 3 * 2
+
+
+def test_attention_under_dropout_is_causal_and_without_any_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 12, 8, generator=generator) for _ in range(3))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attention_under_dropout(q, k, v, keys_of_rows(3), 0.0), plain)
+    before = attention_under_dropout(q, k, v, keys_of_rows(3), 0.4)
+    k[:, :, 7], v[:, :, 7] = 9.0, 9.0
+    after = attention_under_dropout(q, k, v, keys_of_rows(3), 0.4)
+    assert torch.equal(before[:, :, :7], after[:, :, :7])
+    assert not torch.equal(before[:, :, 7:], after[:, :, 7:])
+
+
+def test_attention_under_dropout_has_the_mean_of_attention_without():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 8, generator=generator).expand(4000, -1, -1, -1) for _ in range(3))
+    plain = torch.nn.functional.scaled_dot_product_attention(q[:1], k[:1], v[:1], is_causal=True)
+    mean = attention_under_dropout(q, k, v, keys_of_rows(4000), 0.2).mean(0, keepdim=True)
+    torch.testing.assert_close(mean, plain, rtol=0, atol=0.05)
 
 
 @BOTH

@@ -187,6 +187,7 @@ OTHER_TORCH = {**a_dict()["software"], "torch": "3.0.0"}
     [
         ({"hardware": OTHER_HARDWARE}, {}, "the hardware differs"),
         ({"software": OTHER_TORCH}, {}, "torch differs"),
+        ({"software": {**a_dict()["software"], "deterministic": True}}, {}, "one of them was deterministic"),
         ({"resumed": 1}, {}, "resumed"),
         ({}, {"same_code": False}, "the code differs"),
         ({}, {"busy": "this machine was not quiet"}, "not quiet"),

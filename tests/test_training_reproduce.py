@@ -124,6 +124,21 @@ def files_of(folder):
     return sorted(path.name for path in (folder / FOLDER).glob("*"))
 
 
+def test_a_deterministic_run_is_made_again_as_one(make_record, again, monkeypatch):
+    folder, seen, real = make_record(deterministic=True), [], Stepper.step
+
+    def watching(self, *words, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(self, *words, **options)
+
+    monkeypatch.setattr(Stepper, "step", watching)
+    _, said = again(folder)
+    assert seen == [True] * 6
+    assert "deterministic: " not in said
+    (file,) = (folder / FOLDER).iterdir()
+    assert json.loads(file.read_text())["software"]["deterministic"] is True
+
+
 def test_a_run_made_again_here_ends_with_the_same_bits_and_is_written_beside_the_record(make_record, again):
     folder = make_record()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

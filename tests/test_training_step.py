@@ -213,6 +213,56 @@ def test_dropout_depends_on_seed_and_step_alone(make_stepper):
     assert float(without.step(5, 0.0).loss) != first
 
 
+class Apart(Ranks):
+    """One of several ranks that never meet, so that what each adds can be seen."""
+
+    def sum_(self, tensor):
+        return tensor
+
+    def sum_gradients(self, parameters):
+        pass
+
+
+def added_up(steppers, step, monkeypatch):
+    """Return loss and gradients of a step, those of the ranks added up, before any update."""
+    monkeypatch.setattr(Stepper, "update", lambda self, loss, scale, votes: loss)
+    loss = sum(float(stepper.step(step, 1.0)) for stepper in steppers)
+    grads = [[p.grad.clone() for p in stepper.model.parameters()] for stepper in steppers]
+    for stepper in steppers:
+        stepper.optimizers.zero_grad()
+    return loss, [sum(shares) for shares in zip(*grads, strict=True)]
+
+
+@pytest.mark.parametrize("arch", ["modern", "gpt2"])
+def test_every_split_of_a_step_into_ranks_and_micro_batches_drops_the_same(make_stepper, monkeypatch, arch):
+    # Projections that begin at 0 would hide all that is dropped in the blocks.
+    settings = [f"model.arch={arch}", "model.dropout=0.3", "model.zero_init_projections=false"]
+    whole = make_stepper(*settings, "train.micro_batch_rows=8")
+    loss, grads = added_up([whole], 3, monkeypatch)
+    assert abs(added_up([whole], 4, monkeypatch)[0] - loss) > 1e-3
+    assert any(float(grad.abs().max()) > 1e-3 for grad in grads)
+    for n_ranks, rows in [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]:
+        size = f"train.micro_batch_rows={rows}"
+        steppers = [
+            make_stepper(*settings, size, ranks=Apart(rank, n_ranks, rank)) for rank in range(n_ranks)
+        ]
+        split, split_grads = added_up(steppers, 3, monkeypatch)
+        assert split == pytest.approx(loss, abs=1e-5)
+        for one, other in zip(split_grads, grads, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_dropout_compiled_has_the_losses_of_dropout_as_written(make_stepper):
+    settings = ("model.dropout=0.3", "model.zero_init_projections=false")
+    written, compiled = make_stepper(*settings), make_stepper(*settings)
+    compiled.forward = torch.compile(compiled.working, dynamic=False)
+    found = losses(compiled, 1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += [float(compiled.step(step, 1.0).loss) for step in range(1, 6)]
+    assert found == pytest.approx(losses(written, 6), abs=1e-4)
+
+
 def test_ranks_take_disjoint_shares_of_the_rows_of_one(make_stepper):
     whole = make_stepper().batch(3, 0, 8)[0]
     shares = [make_stepper(ranks=Ranks(rank, 2, rank)).batch(3, 0, 4)[0] for rank in (0, 1)]

@@ -298,6 +298,7 @@ def _not_like(record: Record, again: Record, same_code: bool) -> str:
         f"the runs have {record.steps} and {again.steps} steps": record.steps == again.steps,
         "torch differs": record.software.torch == again.software.torch,
         "one of them was compiled": record.software.compiled == again.software.compiled,
+        "one of them was deterministic": record.software.deterministic == again.software.deterministic,
         "a run was stopped and resumed": not record.resumed and not again.resumed,
         "the code differs": same_code,
     }

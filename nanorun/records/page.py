@@ -418,6 +418,8 @@ def _clock_facts(clock: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _machine_facts(record: Record) -> list[tuple[str, str]]:
     software = record.software
+    ran = ", compiled" if software.compiled else ", not compiled"
+    ran += ", deterministic" if software.deterministic else ""
     return [
         ("hardware", record.hardware.label),
         ("memory", f"{record.hardware.memory_gib:.4g} GiB"),
@@ -428,7 +430,7 @@ def _machine_facts(record: Record) -> list[tuple[str, str]]:
         ("optimizer state", f"{record.optimizer_state_bytes / 2**20:,.1f} MiB"),
         ("platform", software.platform),
         ("python, numpy", f"{software.python}, {software.numpy}"),
-        ("torch", software.torch + (", compiled" if software.compiled else ", not compiled")),
+        ("torch", software.torch + ran),
     ]
 
 

@@ -141,13 +141,15 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Software:
-    """Versions, and whether the training step was compiled."""
+    """Versions, and how the training step was made of them."""
 
     python: str
     platform: str
     torch: str
     numpy: str
     compiled: bool
+    deterministic: bool = False
+    """Torch used deterministic algorithms alone (`--deterministic`); it was off where an older record does not say."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import re
 import resource
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import nanorun
+from nanorun.errors import UserError
 
 MAX_PATCH_BYTES = 2_000_000
 
@@ -32,8 +36,6 @@ def cpu_name() -> str:
 
 def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
     """Return the record's `hardware`: device, counts, memory."""
-    import os
-
     import psutil
 
     on_gpu = device.type == "cuda"
@@ -48,7 +50,7 @@ def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
     }
 
 
-def software(compiled: bool) -> dict[str, Any]:
+def software(compiled: bool, deterministic: bool) -> dict[str, Any]:
     """Return the record's `software`: versions that can move a result."""
     import numpy
 
@@ -58,7 +60,39 @@ def software(compiled: bool) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "compiled": compiled,
+        "deterministic": deterministic,
     }
+
+
+@contextmanager
+def deterministic_algorithms(asked: bool) -> Iterator[None]:
+    """Let torch use deterministic algorithms alone inside the block, where that was asked for.
+
+    Raises UserError naming the operation that has none.
+    """
+    if not asked:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    # cuBLAS reads it when it is first used, and torch refuses matrix products on CUDA without it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    except (RuntimeError, UserError) as error:
+        # An outside optimizer's first step has it as the cause.
+        found = re.search(r"(\S+) does not have a deterministic implementation", f"{error} {error.__cause__}")
+        if not found:
+            raise
+        raise UserError(
+            f"--deterministic: torch's {found[1]} has no deterministic form on this device; start the run without "
+            "--deterministic, or with another optimizer or device"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -28,7 +28,7 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         "seed": config.seed,
         "config": config.model_dump(),
         "code": run.outcome.code,
-        "software": machine.software(run.compiled),
+        "software": machine.software(run.compiled, run.options.deterministic),
         "hardware": {
             **machine.hardware(run.device, run.ranks.n_ranks),
             "earlier": run.outcome.earlier_hardware,

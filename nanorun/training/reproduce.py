@@ -346,7 +346,8 @@ def _setting(plan: Plan) -> tuple[Code, Hardware, Software]:
     code = _code_here() if plan.repository is None else plan.record.code
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     hardware = {**machine.hardware(plan.device, n_ranks), "n_threads": plan.n_threads}
-    return code, Hardware(**hardware), Software(**machine.software(plan.record.software.compiled))
+    then = plan.record.software
+    return code, Hardware(**hardware), Software(**machine.software(then.compiled, then.deterministic))
 
 
 def _code_here() -> Code:
@@ -472,6 +473,7 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         device=str(plan.device) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else plan.device.type,
         stop_at_target=plan.record.stop_at_target,
         skip_bad_steps=plan.record.skipped_steps,
+        deterministic=plan.record.software.deterministic,
         reproduces=plan.record.id,
     )
     try:
@@ -538,7 +540,11 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
         "--runs",
         str(private),
     ]
-    words += ["--stop-at-target"] if record.stop_at_target else []
+    flags = {
+        "--stop-at-target": record.stop_at_target,
+        "--deterministic": record.software.deterministic,
+    }
+    words += [flag for flag, is_on in flags.items() if is_on]
     return words + (["--skip-bad-steps", str(record.skipped_steps)] if record.skipped_steps else [])
 
 

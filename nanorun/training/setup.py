@@ -41,6 +41,10 @@ from nanorun.training.step import Stepper
 from nanorun.training.taking_up import METRICS, Begun, note_for_restarts, note_interruption
 
 PATCH = "source.patch"
+DETERMINISTIC_COST = (
+    "no time that could be measured on a CPU, where a step takes as long within 2 %; not measured on CUDA"
+)
+"""Found by scripts/bench_step.py --deterministic, on sotu and shakespeare-sprint."""
 ELSEWHERE = "free some disk, or choose another folder with --runs"
 
 
@@ -58,6 +62,8 @@ class Options:
     """End the run at its first validation under the target; its record says so and does not count."""
     require_target: bool = False
     """Fail, with exit code 1, if the last validation is above the target."""
+    deterministic: bool = False
+    """Let torch use deterministic algorithms alone; an operation that has none ends the run."""
     reproduces: str = ""
     """Id of the record whose run this is once more; what it leaves is then no record of the track."""
     start: Path = Path()
@@ -354,6 +360,8 @@ def _print_groups(run: Run) -> None:
         f"run {run.folder}: seed {config.seed}, {model.n_parameters():,} parameters, {config.train.steps} steps of "
         f"{config.train.batch_tokens:,} tokens on {run.device}, {run.stepper.precision}",
     )
+    if run.options.deterministic:
+        say(run.console, f"deterministic algorithms alone: {DETERMINISTIC_COST}")
     table = Table("role", "tensors", "parameters", "optimizer", "lr", box=None, pad_edge=False)
     for row in run.optimizers.table():
         table.add_row(row.role, str(row.tensors), f"{row.parameters:,}", row.optimizer, f"{row.lr:g}")
@@ -395,7 +403,8 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     lost = _note_interruption(run, saved)
     if run.outcome.code != now_code:
         say(run.console, "note: the run began with other code than this; its record names that code")
-    then, now = saved.state["choices"], choices(run)
+    # Checkpoints from before the option do not have it.
+    then, now = {"deterministic": False, **saved.state["choices"]}, choices(run)
     if then["hardware"] != now["hardware"]:
         before = [run.outcome.earlier_hardware] if run.outcome.earlier_hardware else []
         run.outcome.earlier_hardware = " then ".join([*before, then["hardware"]])
@@ -477,6 +486,7 @@ def choices(run: Run) -> dict[str, Any]:
     return {
         "micro_batch_rows": run.stepper.micro_batch_rows,
         "compiled": run.compiled,
+        "deterministic": run.options.deterministic,
         "n_threads": torch.get_num_threads(),
         "n_ranks": run.ranks.n_ranks,
         "torch": str(torch.__version__),

@@ -14,11 +14,12 @@ import torch
 from nanorun.config import RunConfig
 from nanorun.data.batches import TokenSet
 from nanorun.data.mix import Mix, training_rows
+from nanorun.dropout import row_keys
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet
 from nanorun.training.distributed import Ranks
-from nanorun.training.feed import Feed, Span
+from nanorun.training.feed import Feed, Pair, Span
 from nanorun.training.gradients import GradientSum
 
 MICRO_BATCH_TOKENS_CPU = 2048
@@ -102,24 +103,30 @@ class Stepper:
             idx_BT, targets_BT = idx_BT.pin_memory(), targets_BT.pin_memory()
         return idx_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
 
-    def backward(self, idx_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    def _with_keys(self, span: Span, pair: Pair) -> tuple[torch.Tensor, ...]:
+        """Return inputs and targets of a span's rows and, where the model has dropout, the keys of its masks."""
+        if not self.config.model.dropout:
+            return pair
+        return *pair, row_keys(self.config.seed, span.first_row, span.n_rows, self.device)
+
+    def backward(
+        self, idx_BT: torch.Tensor, targets_BT: torch.Tensor, drop_keys_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Add one micro-batch's gradients of the step's mean loss; return its summed loss."""
         with self.autocast:
-            loss_sum, _ = self.forward(idx_BT, targets_BT)
+            loss_sum, _ = self.forward(idx_BT, targets_BT, drop_keys_B)
         (loss_sum / self.config.train.batch_tokens).backward()
         return loss_sum.detach()
 
     def step(self, step: int, scale: float, *, stop_vote: bool = False) -> StepResult:
         """Train on step `step` with learning rates scaled by `scale`."""
-        if self.config.model.dropout:
-            torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.ranks.rank)
         loss_sum = torch.zeros((), device=self.device)
         spans = self._spans(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
         for span, then in pairwise(spans):
-            loss_sum += self.backward(*self.feed.take(span, then))
+            loss_sum += self.backward(*self._with_keys(span, self.feed.take(span, then)))
         with self.gradients.travelling():
-            loss_sum += self.backward(*self.feed.take(spans[-1], *after))
+            loss_sum += self.backward(*self._with_keys(spans[-1], self.feed.take(spans[-1], *after)))
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
         self.gradients.finish(shared)
         return self.update(shared[0] / self.config.train.batch_tokens, scale, shared[1])
@@ -201,7 +208,8 @@ class Stepper:
         for n_rows in sorted(rows, reverse=True):
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
-            loss = self.backward(*self.to_device(idx_BT, idx_BT.clone()))
+            pair = self.to_device(idx_BT, idx_BT.clone())
+            loss = self.backward(*self._with_keys(Span(0, n_rows), pair))
         try:
             # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
             self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)

@@ -54,6 +54,13 @@ def train(
     `resume` is the folder of a run to take up again. Raises UserError, RunFailed (not finite, target missed under
     `require_target`) or Stopped (a signal came; a checkpoint was saved).
     """
+    with machine.deterministic_algorithms(options.deterministic):
+        return _train(config, track, options, console, resume)
+
+
+def _train(
+    config: RunConfig, track: Track, options: Options, console: Console, resume: Path | None
+) -> dict[str, Any]:
     device = distributed.pick_device(options.device)
     ranks = distributed.join(device.type)
     if not ranks.leads:
