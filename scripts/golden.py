@@ -25,6 +25,7 @@ from nanorun.training import setup
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.setup import Options
+from nanorun.training.taking_up import Begun
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 TRACKS = ("shakespeare-sprint", "sotu", "shakespeare")
@@ -43,7 +44,7 @@ def first_losses(track_name: str, preset: str, *, data: Path, settings: tuple[st
     with tempfile.TemporaryDirectory() as folder:
         options = Options(runs=Path(folder), data=data)
         device, quiet = torch.device("cpu"), Console(quiet=True)
-        run = setup.set_up(plan, track, options, quiet, TrainingClock(), device, Ranks(), None)
+        run = setup.set_up(plan, track, options, quiet, TrainingClock(), device, Ranks(), Begun())
         losses = []
         for step in range(N_STEPS):
             scale = scale_at(

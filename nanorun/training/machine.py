@@ -50,7 +50,7 @@ def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
     }
 
 
-def software(compiled: bool, deterministic: bool) -> dict[str, Any]:
+def software(compiled: bool, deterministic: bool = False) -> dict[str, Any]:
     """Return the record's `software`: versions that can move a result."""
     import numpy
 

@@ -403,8 +403,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     lost = _note_interruption(run, saved)
     if run.outcome.code != now_code:
         say(run.console, "note: the run began with other code than this; its record names that code")
-    # Checkpoints from before the option do not have it.
-    then, now = {"deterministic": False, **saved.state["choices"]}, choices(run)
+    then, now = saved.state["choices"], choices(run)
     if then["hardware"] != now["hardware"]:
         before = [run.outcome.earlier_hardware] if run.outcome.earlier_hardware else []
         run.outcome.earlier_hardware = " then ".join([*before, then["hardware"]])
