@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.run import parse_args
 
 from nanorun import cli
 from nanorun.launch import quoted
@@ -94,7 +95,7 @@ def words_of(script: str) -> list[bytes]:
 @pytest.mark.parametrize("word", HOSTILE)
 def test_hostile_words_reach_train_as_they_are_and_run_nothing(word, launch, tmp_path):
     words = (*SPRINT, "--wandb=off", f"--data={word}", "--run", "mine")
-    wanted = [os.fsencode(one) for one in ("-m", "nanorun", "train", *words)]
+    wanted = [os.fsencode(one) for one in ("nanorun", "train", *words)]
     assert words_of(slurm(launch, "--gpus-per-node", "0", words=words)) == wanted
     assert words_of(sky(launch, "--gpus-per-node", "0", words=words)["run"])[: len(wanted)] == wanted
     assert not (tmp_path / "owned").exists()
@@ -193,6 +194,20 @@ def test_several_nodes_meet_on_the_first_one(launch):
     assert "is_host=$((SKYPILOT_NODE_RANK == 0))" in task["run"]
 
 
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_torchrun_takes_none_of_the_options_of_train_for_its_own(nodes, launch):
+    # Before --, it has an option that --run could be short for.
+    script = slurm(launch, "--nodes", nodes, "--gpus-per-node", "4", words=(*SPRINT, "--run", "mine"))
+    makes = ("python=", "train=", "torchrun", "command=")
+    lines = [line for line in script.splitlines() if line.startswith(makes)]
+    _, module, launcher, *words = by_bash("\n".join([*lines, 'words=("${command[@]}")']))
+    assert (module, launcher) == (b"-m", b"torch.distributed.run")
+    parsed = parse_args([word.decode() for word in words])
+    assert (parsed.module, parsed.training_script, parsed.nproc_per_node) == (True, "nanorun", "4")
+    assert parsed.training_script_args == ["train", *SPRINT, "--run", "mine"]
+    assert (parsed.standalone, parsed.nnodes) == ((True, "1:1") if nodes == "1" else (False, "2"))
+
+
 def test_one_process_needs_no_torchrun(launch):
     assert "torchrun" not in slurm(launch).split("on_node=")[1]
     assert "torch.distributed.run" not in sky(launch, "--accelerator", "L4")["run"]
@@ -262,7 +277,11 @@ def job(launch, tmp_path):
         run_in_its_place = tmp_path / "run.sh"
         run_in_its_place.write_text(body)
         python = next(line for line in script.splitlines() if line.startswith("python="))
-        script = script.replace(python, "python=bash").replace("train=(-m nanorun", "train=(run.sh")
+        script = (
+            script.replace(python, "python=bash")
+            .replace("train=(nanorun", "train=(run.sh")
+            .replace('"$python" -m', '"$python"')
+        )
         environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
         environment |= {"SLURM_JOB_ID": "7", "STATE": state}
         process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment)

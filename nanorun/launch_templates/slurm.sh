@@ -13,7 +13,7 @@ cd -- {{ folder }} || exit 2
 {{ line }}
 {% endfor %}
 python={{ python }}
-train=(-m nanorun train {{ words }})
+train=(nanorun train {{ words }})
 export OMP_NUM_THREADS={{ shape.cpus_per_rank }}
 
 # How far the run has come. A job that comes no further is not queued again.
@@ -46,10 +46,10 @@ on_node='export PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0))'$on_node
 {% else %}
 torchrun+=(--standalone)
 {% endif %}
-command=("${torchrun[@]}" "${train[@]}")
+command=("${torchrun[@]}" -m -- "${train[@]}") # behind --, torchrun takes no option for its own
 {% else %}
 on_node='trap "" USR1 TERM; exec "$@"'
-command=("$python" "${train[@]}")
+command=("$python" -m "${train[@]}")
 {% endif %}
 
 warned=
