@@ -319,6 +319,10 @@ def test_a_stopped_run_is_known_by_its_ranks_where_torchrun_ends_with_1(job):
     assert job(ends_with(75, STEP).replace("exit 75", "exit 1")) == (75, "requeue 7\n")
 
 
+def test_a_run_that_finished_under_a_torchrun_that_ended_badly_is_finished(job):
+    assert job(f"{STEP}\ntouch runs/mine/result.json\nexit 1") == (0, "")
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_run_that_failed_or_was_a_mistake_is_not_queued_again(code, job):
     assert job(ends_with(code, STEP)) == (code, "")

@@ -74,6 +74,10 @@ if [ $status = 0 ]; then
     exit 0
 elif [ "$told" = 1 ] || [ "$told" = 2 ]; then
     exit "$told" # it failed, or the command was wrong: once more would end alike
+{% if training.n_seeds == 1 %}
+elif [ -e "$run/result.json" ]; then
+    exit 0 # finished; torchrun alone ended badly
+{% endif %}
 elif [ "$(reached)" = "$before" ]; then
     echo "the run came no further in this job, so it is not queued again" >&2
 elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
