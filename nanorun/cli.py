@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from nanorun.errors import RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from nanorun.launch import Training
 
 app = typer.Typer(
     name="nanorun",
@@ -216,7 +219,6 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
-    from nanorun.config import mix_setting
     from nanorun.training.run import resume_run, train_seeds
 
     console = _console(as_json)
@@ -239,9 +241,7 @@ def train(
         "deterministic": deterministic,
     }
     options = {**places, **behaviour}
-    flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
-    changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
-    changes += [] if mix is None else [mix_setting(mix)]
+    changes = _changes(settings, compile, checkpoint_activations, mix)
     try:
         if resume is not None:
             results = [resume_run(resume, console, _given_anew(context, options))]
@@ -263,6 +263,17 @@ MAY_CHANGE_ON_RESUME = {
     "skip_bad_steps",
     "allow_inexact",
 }
+
+
+def _changes(
+    settings: list[str] | None, compile: str | None, checkpoint_activations: str | None, mix: str | None
+) -> list[str]:
+    """Return the settings that train's options make, `--set` first."""
+    from nanorun.config import mix_setting
+
+    flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
+    changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
+    return [*changes, *([] if mix is None else [mix_setting(mix)])]
 
 
 def _given_anew(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
@@ -629,6 +640,90 @@ def optimizers(
         show_one(name, _console(False))
 
 
+@app.command(epilog="Example: nanorun launch --slurm --time 4:00:00 --out job.sh -- --track sotu")
+def launch(
+    context: typer.Context,
+    words: Annotated[list[str] | None, typer.Argument(help="After --: the words of nanorun train.")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="A batch script for sbatch.")] = False,
+    sky: Annotated[bool, typer.Option("--sky", help="A task file for sky jobs launch.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0 trains on CPUs.")] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each; one for each GPU without it.")
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores for each process.")] = 4,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often torchrun starts the processes again after one of them died.")
+    ] = 0,
+    before: Annotated[
+        list[str] | None,
+        typer.Option(help="A line of shell that runs first, such as 'module load cuda'; repeatable."),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: the job's time limit, such as 4:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm.")] = None,
+    warn_seconds: Annotated[
+        int,
+        typer.Option(min=1, help="Slurm: how long before the limit the run stops with a checkpoint."),
+    ] = 120,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="Slurm: another directive, such as mem=64G or qos=high; repeatable."),
+    ] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Sky: the kind of GPU, such as H100.")] = None,
+    bucket: Annotated[
+        str | None, typer.Option(help="Sky: where runs and records are kept, such as s3://mine/nanorun.")
+    ] = None,
+    infra: Annotated[str | None, typer.Option(help="Sky: CLOUD/REGION/ZONE; any without it.")] = None,
+    spot: Annotated[
+        bool, typer.Option("--spot/--on-demand", help="Sky: machines that can be taken away, or dear ones.")
+    ] = True,
+    install: Annotated[
+        str | None, typer.Option(help="Sky: what pip installs; the folder it is launched from without it.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to a file instead.")] = None,
+) -> None:
+    """Print the batch script or task file of a run, which is queued again until it is finished."""
+    from nanorun import launch as jobs
+
+    _one_kind_of_job(context, slurm, sky)
+    training = _training_of(words or [], sky=sky)
+    shape = jobs.Shape(nodes, gpus_per_node, ranks_per_node or max(gpus_per_node, 1), cpus, max_restarts)
+    first = tuple(before or ())
+    if sky:
+        text = jobs.sky_task(
+            training, shape, jobs.Sky(bucket or "", accelerator, infra, spot, install, first)
+        )
+    else:
+        asked = jobs.Slurm(time, partition, account, warn_seconds, tuple(sbatch or ()), first)
+        text = jobs.slurm_script(training, shape, asked, folder=Path.cwd(), python=sys.executable)
+    _hand_over(text, out)
+
+
+SLURM_OPTIONS = {"time", "partition", "account", "warn_seconds", "sbatch"}
+SKY_OPTIONS = {"accelerator", "bucket", "infra", "spot", "install"}
+
+
+def _one_kind_of_job(context: typer.Context, slurm: bool, sky: bool) -> None:
+    """Raise UserError unless one cluster is named, with no option of the other."""
+    if slurm == sky:
+        raise UserError("give one of --slurm, for a batch script, and --sky, for a task file")
+    for key in sorted(SKY_OPTIONS if slurm else SLURM_OPTIONS):
+        if _is_given(context, key):
+            flag = {"spot": "spot/--on-demand"}.get(key, key.replace("_", "-"))
+            raise UserError(f"--{flag} beside --{'slurm' if slurm else 'sky'}: leave it out")
+
+
+def _training_of(words: list[str], *, sky: bool) -> Training:
+    """Return what a job trains; its words are parsed by the train command itself."""
+    from nanorun.launch import training_of
+
+    group: Any = typer.main.get_command(app)
+    given = group.commands["train"].make_context("nanorun train", list(words)).params
+    changes = _changes(*(given[key] for key in ("settings", "compile", "checkpoint_activations", "mix")))
+    return training_of(words, given, changes, sky=sky)
+
+
 @app.command(epilog="Example: nanorun doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can do and what is missing, with the mend."""
@@ -678,7 +773,14 @@ def _end(text: str, code: int) -> None:
     from nanorun.errors import printable
 
     print(f"nanorun: {printable(text)}", file=sys.stderr)
+    _tell_code(code)
     sys.exit(code)
+
+
+def _tell_code(code: int) -> None:
+    """Write the exit code into the file that a job named: torchrun ends with 1 whatever its ranks end with."""
+    with suppress(OSError), open(os.environ.get("NANORUN_EXIT_CODE", ""), "r+") as told:
+        told.write(str(code))
 
 
 def _hand_over(text: str, out: Path | None) -> None:

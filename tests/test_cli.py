@@ -22,7 +22,7 @@ SPRINT = ["train", "--track", "shakespeare-sprint", *(word for one in TINY for w
 REPOSITORY = Path(cli.__file__).parent.parent
 COMMANDS = (
     *("prepare-data", "train", "report", "import", "verify", "compare", "power", "score"),
-    *("reproduce", "contest", "optimizers", "sample", "doctor"),
+    *("reproduce", "contest", "optimizers", "sample", "launch", "doctor"),
 )
 
 

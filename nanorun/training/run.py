@@ -23,21 +23,13 @@ BASE_PRESET = "adamw"
 """What an outside optimizer's run takes model, schedule and steps from."""
 
 
-def train_seeds(
-    track_name: str | None,
-    preset: str | None,
-    settings: Sequence[str],
-    seed: int | None,
-    n_seeds: int,
-    options: dict[str, Any],
-    console: Console,
-) -> list[dict[str, Any]]:
-    """Return the results of `n_seeds` runs of one preset, one after the other, from `seed` on.
+def configs_of(
+    track_name: str | None, preset: str | None, settings: Sequence[str], seed: int | None, n_seeds: int
+) -> tuple[Track, list[RunConfig]]:
+    """Return the track, and the configs of `n_seeds` runs of one preset from `seed` on.
 
     0 seeds are as many as the track's rule asks for.
     """
-    if options.get("run"):
-        check_run_name(options["run"])
     track = load_track(track_name or DEFAULT_TRACK)
     n_seeds = n_seeds or track.significance.n
     if preset is None:
@@ -50,17 +42,36 @@ def train_seeds(
     top = {} if seed is None else {"seed": seed}
     read = _resolve_outside if ":" in preset else resolve
     first = read(track, preset, settings, **top).seed
-    configs = [read(track, preset, settings, seed=first + k) for k in range(n_seeds)]
+    return track, [read(track, preset, settings, seed=first + k) for k in range(n_seeds)]
+
+
+def train_seeds(
+    track_name: str | None,
+    preset: str | None,
+    settings: Sequence[str],
+    seed: int | None,
+    n_seeds: int,
+    options: dict[str, Any],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Return the results of the runs of `configs_of`, one after the other."""
+    if options.get("run"):
+        check_run_name(options["run"])
+    track, configs = configs_of(track_name, preset, settings, seed, n_seeds)
     results: list[dict[str, Any]] = []
     try:
         for config in configs:
-            several = f"-s{config.seed}" if options.get("run") and n_seeds > 1 else ""
+            several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
             mine = {**options, "run": f"{options['run']}{several}"} if several else options
             results.append(train(config, track, Options(**mine), console))
         return results
     except Stopped as stopped:
-        left = n_seeds - len(results) - 1
-        more = f"; then the {left} seeds left, from --seed {first + len(results) + 1} on" if left else ""
+        left = len(configs) - len(results) - 1
+        more = (
+            f"; then the {left} seeds left, from --seed {configs[0].seed + len(results) + 1} on"
+            if left
+            else ""
+        )
         raise Stopped(f"{stopped}{more}") from None
     finally:
         distributed.leave()
