@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
 from nanorun.errors import UserError
+from nanorun.training.saved import check_file, read_optimizer, read_state
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.pt", "state.json")
@@ -101,7 +101,9 @@ def save(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()), reverse=True
+    )
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -109,6 +111,10 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
 
     Raises UserError when none does.
     """
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link, and checkpoints are written and removed there; make it a folder"
+        )
     passed_over: list[str] = []
     for path in checkpoints(folder):
         try:
@@ -125,24 +131,33 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
 def load(path: Path) -> Checkpoint:
     """Return the checkpoint at `path`; raises UserError naming the file that is missing or was changed."""
     try:
+        if path.is_symlink():
+            raise ValueError("the folder is a link")
+        check_file(path / "manifest.json")
         manifest = json.loads((path / "manifest.json").read_text())
         version, hashes = manifest["format_version"], dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its manifest.json is missing or broken ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version!r}, and this nanorun reads {FORMAT_VERSION}")
     for name in (*FILES, EVALUATION) if EVALUATION in hashes else FILES:
-        if not (path / name).is_file() or sha256_of(path / name) != hashes.get(name):
+        if (
+            (path / name).is_symlink()
+            or not (path / name).is_file()
+            or sha256_of(path / name) != hashes.get(name)
+        ):
             raise UserError(
                 f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
             )
     try:
-        optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
-        state = json.loads((path / FILES[2]).read_text())
+        optimizer = read_optimizer(path / FILES[1])
+        state = read_state(path / FILES[2])
         model = load_file(path / FILES[0])
         evaluation = load_file(path / EVALUATION) if EVALUATION in hashes else model
         return Checkpoint(path, model, evaluation, optimizer, state)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read ({reason}); remove this folder to use an older one") from None
 

@@ -20,6 +20,7 @@ from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
 from nanorun.training import checkpoint, distributed, machine, recording
+from nanorun.training.alone import alone
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.evaluate import validation_loss
@@ -51,21 +52,30 @@ def train(
     if not ranks.leads:
         console = Console(quiet=True)
     clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
-    with clock.paused("setup"):
-        saved = read_saved(resume, console)
-        run = set_up(config, track, options, console, clock, device, ranks, resume)
+    with ExitStack() as held:
+        if resume is not None:
+            held.enter_context(alone(resume, ranks))
+        with clock.paused("setup"):
+            saved = read_saved(resume, console)
+            run = set_up(config, track, options, console, clock, device, ranks, resume)
+        if resume is None:
+            held.enter_context(alone(run.folder, ranks))
+        return _carry_out(run, saved, resume)
+
+
+def _carry_out(run: Run, saved: checkpoint.Checkpoint | None, resume: Path | None) -> dict[str, Any]:
     with _listening(run), ExitStack() as stack:
         with _leaving_no_empty_folder(run, resume):
-            asked = choose_as_before(run, saved) if saved else config.train.compile
-            with clock.paused("compile"):
-                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
-                say(console, line)
-                machine.forget_peak_memory(device)
-            with clock.paused("setup"):
+            asked = choose_as_before(run, saved) if saved else run.config.train.compile
+            with run.clock.paused("compile"):
+                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=run.config.train.steps)
+                say(run.console, line)
+                machine.forget_peak_memory(run.device)
+            with run.clock.paused("setup"):
                 if saved:
                     restore(run, saved)
                 progress, rows = _open_outputs(run, stack)
-                ranks.wait()
+                run.ranks.wait()
         with _naming_what_is_saved(run):
             _loop(run, progress, rows)
     return _finish(run)
