@@ -28,7 +28,7 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: no such run (no config.toml there); runs lie under ./runs, one folder each")
     config = make_config(read_toml(run / "config.toml"), where=str(run / "config.toml"))
-    saved, _ = checkpoint.load_newest(run / "checkpoints")
+    saved, _ = checkpoint.newest_of(run)
     with refused(saved.path):
         tokenizer = tokenizer_from_manifest(dict(saved.state["tokenizer"]), _tokenizer_folder(run, config))
         with torch.device("meta"):  # takes no memory, whatever size the config says

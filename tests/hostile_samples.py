@@ -67,6 +67,10 @@ def newest(run: Path) -> Path:
 def sealed(path: Path) -> Path:
     """Make a checkpoint's manifest fit its files again, as whoever made it could."""
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoint.sha256_of(path / name) for name in manifest["sha256"]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    files = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256_of(path / name)}
+        for name in manifest["files"]
+    }
+    text = checkpoint.manifest_text(manifest["run"], manifest["step"], files)
+    (path / "manifest.json").write_text(text)
     return path

@@ -296,7 +296,7 @@ WRONG_OPTIONS = {
     "a state that is none": (lambda one: one["state"].update({0: 5}), "a state for 0"),
     "no groups": (lambda one: one.pop("param_groups"), "param_groups"),
     "no state": (lambda one: one.pop("state"), "state"),
-    "a group less": (lambda one: one["param_groups"].pop(), "shorter"),
+    "a group less": (lambda one: one["param_groups"].pop(), "zip()"),
 }
 
 

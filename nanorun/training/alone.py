@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nanorun.errors import UserError
@@ -49,5 +49,9 @@ def _held(folder: Path, sleep: Callable[[float], None]) -> Iterator[None]:
         sleep(seconds)
         waited += seconds
 
-    with locked(folder, on_wait=holders.append, sleep=nap):
-        yield
+    try:
+        with locked(folder, on_wait=holders.append, sleep=nap):
+            yield
+    finally:
+        with suppress(OSError):  # of a run that came to nothing, and left nothing
+            folder.rmdir()

@@ -79,10 +79,12 @@ def check_file(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {MEND}") from None
+        raise UserError(
+            f"{path.parent}: {path.name} is missing or not what was saved ({error.strerror}); {MEND}"
+        ) from None
     if not stat.S_ISREG(mode):
-        kind = "a link, and may lead anywhere" if stat.S_ISLNK(mode) else "no file"
-        raise UserError(f"{path}: is {kind}; wanted the file that was saved. Put it back, or {MEND}")
+        kind = "a link" if stat.S_ISLNK(mode) else "no file"
+        raise UserError(f"{path.parent}: {path.name} is missing or not what was saved (it is {kind}); {MEND}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
