@@ -63,7 +63,7 @@ def saved_runs(place: Path) -> list[list[Path]]:
                 step,
                 model=model,
                 optimizer=optimizers.state_dict(),
-                state={"step": step, "clock": {"train": 1.5 * step}},
+                state={"step": step, "clock": {"train": 1.5 * step + seed}},
                 evaluation={name: tensor / 2 for name, tensor in model.state_dict().items()},
             )
             paths.append(checkpoint.write(place / f"run-{seed}" / "checkpoints", snapshot, run=run, keep=2))
@@ -129,44 +129,43 @@ def flips_elsewhere(
 def other_damage(runs: list[list[Path]], place: Path, draw: random.Random) -> dict[str, dict[str, int]]:
     """Return what came of every other kind of damage, each done to a fresh copy."""
     mine, earlier, theirs = runs[0][1], runs[0][0], runs[1][1]
-    names = sorted(one.name for one in mine.iterdir())
     counts: dict[str, Counter[str]] = {}
 
-    def tried(
-        kind: str, damage: Callable[[Path], None], files: Sequence[str], *, name: str = mine.name
-    ) -> None:
+    def tried(kind: str, damage: Callable[..., Any], *words: Any, of: str, name: str = mine.name) -> None:
         copy = place / name
-        shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(mine, copy)
-        damage(copy)
-        counts.setdefault(kind, Counter())[outcome(copy, RUNS[0], files)] += 1
+        damage(copy, *words)
+        counts.setdefault(kind, Counter())[outcome(copy, RUNS[0], [of])] += 1
         shutil.rmtree(copy)
 
-    for name in names:
+    for file in sorted(mine.iterdir()):
         for _ in range(10):
-            length = draw.randrange((mine / name).stat().st_size)
-            tried("files cut short", lambda copy: _cut(copy / name, length), [name])
-        tried("files removed", lambda copy: (copy / name).unlink(), [name])
-        for kind, other in (("step", earlier), ("run", theirs)):
-            # A manifest from elsewhere fits neither the folder nor the files.
-            files = [name, mine.name] if name == checkpoint.MANIFEST else [name]
-            tried(f"files of another {kind}", lambda copy: _copied(other / name, copy / name), files)
-    tried("checkpoints of another run", lambda copy: _replaced(theirs, copy), ["config.toml"])
-    tried("checkpoints under another step", lambda copy: None, [mine.name], name=f"step-{STEPS[1] + 1:08d}")
+            tried("files cut short", _cut, file.name, draw.randrange(file.stat().st_size), of=file.name)
+        tried("files removed", _remove, file.name, of=file.name)
+        # A manifest from elsewhere fits neither the folder nor the files.
+        of = mine.name if file.name == checkpoint.MANIFEST else file.name
+        tried("files of another step", _exchange, earlier / file.name, of=of)
+        tried("files of another run", _exchange, theirs / file.name, of=of)
+    tried("checkpoints of another run", _replace, theirs, of="config.toml")
+    tried("checkpoints under another step", lambda copy: None, of=mine.name, name=f"step-{STEPS[1] + 1:08d}")
     return {kind: dict(count) for kind, count in counts.items()}
 
 
-def _cut(path: Path, length: int) -> None:
-    path.write_bytes(path.read_bytes()[:length])
+def _cut(copy: Path, name: str, length: int) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:length])
 
 
-def _copied(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+def _remove(copy: Path, name: str) -> None:
+    (copy / name).unlink()
 
 
-def _replaced(source: Path, target: Path) -> None:
-    shutil.rmtree(target)
-    shutil.copytree(source, target)
+def _exchange(copy: Path, other: Path) -> None:
+    shutil.copyfile(other, copy / other.name)
+
+
+def _replace(copy: Path, other: Path) -> None:
+    shutil.rmtree(copy)
+    shutil.copytree(other, copy)
 
 
 def main(argv: list[str] | None = None) -> None:
