@@ -73,6 +73,7 @@ EXTRAS = {
     "mix": ["--mix", "sotu:0.6,shakespeare:0.4"],
     "cyclic": ["--set", "train.schedule=cyclic", "--set", "train.cycles=3"],
 }
+MOST_COMPILED_KILLS = 2
 OTHER_EACH_TIME = {"id", "created", "clock", "resumed", "peak_memory_mib"}
 """What a record says of a run's time and place."""
 
@@ -121,6 +122,19 @@ def make_cases(n_compiled: int) -> list[Case]:
         taken |= {"cyclic"} if config["train"].get("schedule") == "cyclic" else set()
         cases.append(Case(path.stem, next(extra for extra in extras if extra not in taken)))
     return cases + [Case(name, "accumulation", True) for name in ("muon", "adamw")[:n_compiled]]
+
+
+def share_out(kills: int, cases: Sequence[Case]) -> list[int]:
+    """Return the kills of each case: as many for each, but few where every start compiles."""
+    compiled = min(MOST_COMPILED_KILLS, kills // len(cases)) if len(cases) > 1 else kills
+    left = kills - compiled * sum(case.compiled for case in cases)
+    n_eager = sum(not case.compiled for case in cases)
+    shares = (
+        iter(left // n_eager + (number < left % n_eager) for number in range(n_eager))
+        if n_eager
+        else iter(())
+    )
+    return [compiled if case.compiled else next(shares) for case in cases]
 
 
 def make_place(folder: Path) -> None:
@@ -257,18 +271,21 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=0, help="how many cases, from the first on; 0: all")
+    parser.add_argument("--only", default="", help="only cases whose names contain this")
     parser.add_argument("--compiled", type=int, default=1, help="how many compiled cases, 0 to 2")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
-    cases = make_cases(arguments.compiled)[: arguments.cases or None]
+    cases = [case for case in make_cases(arguments.compiled) if arguments.only in case.name]
+    cases = cases[: arguments.cases or None]
     chance, outcomes = random.Random(arguments.seed), []
     back = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
             make_place(Path(folder))
-            for number, case in enumerate(cases):
-                kills = arguments.kills // len(cases) + (number < arguments.kills % len(cases))
+            for number, (case, kills) in enumerate(
+                zip(cases, share_out(arguments.kills, cases), strict=True)
+            ):
                 outcome = kill_and_compare(case, number, kills, chance, Path(folder) / "log")
                 outcomes.append(outcome)
                 says = ", ".join(outcome.differs) or "same bits"

@@ -60,6 +60,16 @@ def test_every_preset_of_the_track_has_a_case(kill_runs):
     assert {case.extra for case in kill_runs.make_cases(0)} == set(kill_runs.EXTRAS)
 
 
+@pytest.mark.parametrize("kills", [0, 3, 10, 100])
+def test_kills_are_shared_out_with_few_where_every_start_compiles(kill_runs, kills):
+    cases = kill_runs.make_cases(1)
+    shares = kill_runs.share_out(kills, cases)
+    assert sum(shares) == kills
+    assert all(share <= 2 for share, case in zip(shares, cases, strict=True) if case.compiled)
+    eager = [share for share, case in zip(shares, cases, strict=True) if not case.compiled]
+    assert max(eager) - min(eager) <= 1
+
+
 def make_run(folder, kill_runs, loss=2.0, seconds=1.0, weights="a", exp_avg=1.0):
     """Leave what a finished run leaves, as far as it is compared."""
     record = folder / "record"

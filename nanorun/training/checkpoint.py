@@ -172,6 +172,11 @@ class Saver:
         for left in [*self.folder.glob(".step-*.partial"), *self.folder.glob(".step-*.old")]:
             shutil.rmtree(left, ignore_errors=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def begin(self, snapshot: Snapshot) -> None:
         """Begin to write; `wait` first, which tells how the one before ended."""
         assert self._thread is None, "one checkpoint at a time"

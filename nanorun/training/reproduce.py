@@ -470,6 +470,7 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         records=private / "records",
         device=str(plan.device) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else plan.device.type,
         stop_at_target=plan.record.stop_at_target,
+        skip_bad_steps=plan.record.skipped_steps,
         reproduces=plan.record.id,
     )
     try:
@@ -537,7 +538,8 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
         "--runs",
         str(private),
     ]
-    return [*words, *(["--stop-at-target"] if record.stop_at_target else [])]
+    words += ["--stop-at-target"] if record.stop_at_target else []
+    return words + (["--skip-bad-steps", str(record.skipped_steps)] if record.skipped_steps else [])
 
 
 def _wait_for(command: list[str], folder: Path, surroundings: dict[str, str]) -> int:

@@ -410,12 +410,13 @@ def _say_result(run: Run, result: dict[str, Any]) -> None:
         else f"{target} was not reached"
     )
     bits = run.predicted.describe(result["final_val_loss"])
+    lost = f", lost to interruptions {clock['lost_seconds']:.1f} s" if clock.get("lost_seconds") else ""
     say(
         run.console,
         f"{run.config.name}, seed {run.config.seed}: {result['final_val_loss']:.4f} nats a token"
         f"{f' ({bits})' if bits else ''} after {result['steps']} steps and {clock['train_seconds']:.1f} s counted; "
         f"{where} (validation {clock['validation_seconds']:.1f} s, compile and warm-up "
-        f"{clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
+        f"{clock['compile_seconds']:.1f} s{lost}, in all {clock['total_seconds']:.1f} s)",
     )
     if run.options.reproduces:
         return
