@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hostile_samples import QUIET, copied, stopped_run
+from hostile_samples import QUIET, SETTINGS, copied, stopped_run
 
 from nanorun.errors import UserError
 from nanorun.training.alone import PATIENCE_SECONDS, alone
@@ -145,3 +145,46 @@ def test_of_five_that_resume_one_run_at_once_one_does_and_four_are_refused(run_o
     assert (len(results), len(refusals)) == (1, 4)
     assert all("another run is in this folder" in one or "is finished" in one for one in refusals)
     assert len(list((tmp_path / "records").glob("*/*/record.json"))) == 1
+
+
+KILLED_ONCE = """
+import os, signal
+from nanorun.training.step import Stepper
+real = Stepper.step
+def step(self, number, *words, **options):
+    if number == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, number, *words, **options)
+Stepper.step = step
+from nanorun.cli import main
+main()
+"""
+
+
+def on_two_ranks(place, data, *program, restarts=0):
+    """Return how `nanorun train --run mine` ended under torchrun."""
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", restarts)
+    settings = [word for one in (*SETTINGS, "checkpoint.every_steps=1") for word in ("--set", one)]
+    words = ("--track", "shakespeare-sprint", "--run", "mine", "--data", data, *settings)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command = [sys.executable, *map(str, (*launcher, *program, "train", *words))]
+    return subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, timeout=150)
+
+
+@pytest.mark.slow
+def test_every_rank_of_a_run_that_is_refused_ends_by_itself(holder, tmp_path, shakespeare_folder):
+    first = holder(tmp_path / "runs" / "mine")
+    done = on_two_ranks(tmp_path, shakespeare_folder, "-m", "nanorun")
+    assert done.returncode != 0
+    said = f"another run is in this folder, process {first.pid} on {socket.gethostname()!a}"
+    assert done.stderr.count(said) == 2
+
+
+@pytest.mark.slow
+def test_the_folder_is_free_at_once_for_the_restart_of_a_rank_that_was_killed(tmp_path, shakespeare_folder):
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
+    done = on_two_ranks(tmp_path, shakespeare_folder, "killed.py", restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "another run" not in done.stderr
+    assert json.loads((tmp_path / "runs/mine/result.json").read_text())["steps"] == 6
+    assert not (tmp_path / "runs/mine/.lock").exists()
