@@ -162,7 +162,7 @@ main()
 
 
 def on_two_ranks(place, data, *program, restarts=0):
-    """Return how `nanorun train --run mine` ended under torchrun."""
+    """Return how `nanorun train --run mine` ended under torchrun, which takes --run for its own without a `--`."""
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", restarts)
     settings = [word for one in (*SETTINGS, "checkpoint.every_steps=1") for word in ("--set", one)]
     words = ("--track", "shakespeare-sprint", "--run", "mine", "--data", data, *settings)
@@ -174,7 +174,7 @@ def on_two_ranks(place, data, *program, restarts=0):
 @pytest.mark.slow
 def test_every_rank_of_a_run_that_is_refused_ends_by_itself(holder, tmp_path, shakespeare_folder):
     first = holder(tmp_path / "runs" / "mine")
-    done = on_two_ranks(tmp_path, shakespeare_folder, "-m", "nanorun")
+    done = on_two_ranks(tmp_path, shakespeare_folder, "-m", "--", "nanorun")
     assert done.returncode != 0
     said = f"another run is in this folder, process {first.pid} on {socket.gethostname()!a}"
     assert done.stderr.count(said) == 2
@@ -183,7 +183,7 @@ def test_every_rank_of_a_run_that_is_refused_ends_by_itself(holder, tmp_path, sh
 @pytest.mark.slow
 def test_the_folder_is_free_at_once_for_the_restart_of_a_rank_that_was_killed(tmp_path, shakespeare_folder):
     (tmp_path / "killed.py").write_text(KILLED_ONCE)
-    done = on_two_ranks(tmp_path, shakespeare_folder, "killed.py", restarts=1)
+    done = on_two_ranks(tmp_path, shakespeare_folder, "--", "killed.py", restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "another run" not in done.stderr
     assert json.loads((tmp_path / "runs/mine/result.json").read_text())["steps"] == 6
