@@ -216,6 +216,13 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Deterministic algorithms alone; it says what they cost.")
     ] = False,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code",
+            help="Import the optimizer from outside that a preset or a run's config names. It runs with your rights.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
@@ -244,9 +251,10 @@ def train(
     changes = _changes(settings, compile, checkpoint_activations, mix)
     try:
         if resume is not None:
-            results = [resume_run(resume, console, _given_anew(context, options))]
+            anew = _given_anew(context, options)
+            results = [resume_run(resume, console, anew, trust_code=trust_code)]
         else:
-            results = train_seeds(track, optim, changes, seed, seeds, options, console)
+            results = train_seeds(track, optim, changes, seed, seeds, options, console, trust_code=trust_code)
     except RunFailed as error:
         _print_json(error.result, as_json and error.result is not None)
         raise
@@ -278,7 +286,7 @@ def _changes(
 
 def _given_anew(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options written beside --resume; refuse those that the run cannot change any more."""
-    given = {key for key in context.params if _is_given(context, key)} - {"resume", "as_json"}
+    given = {key for key in context.params if _is_given(context, key)} - {"resume", "as_json", "trust_code"}
     fixed = sorted(given - MAY_CHANGE_ON_RESUME)
     if fixed:
         flag = {"settings": "set"}.get(fixed[0], fixed[0].replace("_", "-"))
@@ -618,9 +626,12 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Let a trained model write."""
+    from nanorun.errors import printable
     from nanorun.sample import sample as write
 
-    typer.echo(write(run, prompt=prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed))
+    text = write(run, prompt=prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    # A model may write any byte; those that steer a terminal reach none.
+    typer.echo(printable(text) if sys.stdout.isatty() else text)
 
 
 @app.command(epilog="Example: nanorun optimizers muon")

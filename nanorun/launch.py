@@ -188,11 +188,18 @@ def training_of(
     from nanorun.optim.build import build_optimizers
     from nanorun.training.run import configs_of
     from nanorun.training.taking_up import check_run_name
+    from nanorun.training.trust import check_trusted, names_on_the_command_line
 
     if given["resume"] is not None:
         raise UserError("--resume in a job: leave it out, and name the run's folder with --run NAME")
     track, configs = configs_of(given["track"], given["optim"], settings, given["seed"], given["seeds"])
     config = configs[0]
+    check_trusted(
+        config,
+        named=names_on_the_command_line(given["optim"], settings),
+        trust_code=given["trust_code"],
+        where=f"preset {config.name!r} of track {track.name!r}",
+    )
     with torch.device("meta"):
         build_optimizers(GPT(config.model, 256), config.optim_by_role)
     if sky and (str(given["runs"]) != "runs" or str(given["records"]) != "records"):

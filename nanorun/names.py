@@ -1,4 +1,4 @@
-"""What may be a track's name: it becomes a folder under `configs/`, `records/` and `runs/`."""
+"""What may be a track's name, and how other names become parts of a path."""
 
 import re
 
@@ -6,6 +6,11 @@ NO_TRACK = frozenset({"benchmarks"})
 """Folders under `records/` that hold something else."""
 
 _TRACK = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def path_word(name: str) -> str:
+    """Return `name` as a word that is harmless in a path, of 1 to 60 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:60].strip("-.") or "run"
 
 
 def is_track_name(name: str) -> bool:

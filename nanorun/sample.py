@@ -17,6 +17,7 @@ from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.tables import read_toml
 from nanorun.training import checkpoint
+from nanorun.training.saved import check_weights, refused
 
 SMALLEST_TEMPERATURE = 1e-4
 """Below it the likeliest token is taken: logits differ by more than fp32's rounding, and nothing overflows."""
@@ -28,9 +29,12 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
         raise UserError(f"{run}: no such run (no config.toml there); runs lie under ./runs, one folder each")
     config = make_config(read_toml(run / "config.toml"), where=str(run / "config.toml"))
     saved, _ = checkpoint.newest_of(run)
-    tokenizer = tokenizer_from_manifest(saved.state["tokenizer"], _tokenizer_folder(run, config))
-    model = GPT(config.model, tokenizer.vocab_size)
-    model.load_state_dict(saved.evaluation)
+    with refused(saved.path):
+        tokenizer = tokenizer_from_manifest(dict(saved.state["tokenizer"]), _tokenizer_folder(run, config))
+        with torch.device("meta"):  # takes no memory, whatever size the config says
+            check_weights(saved.evaluation, GPT(config.model, tokenizer.vocab_size), saved.path)
+        model = GPT(config.model, tokenizer.vocab_size)
+        model.load_state_dict(saved.evaluation)
     return model.eval(), tokenizer
 
 

@@ -895,7 +895,7 @@ def test_a_manifest_without_a_revision_is_written_and_hashed_as_before(tmp_path)
 
 
 def test_a_revision_in_a_manifest_is_part_of_its_hash(tmp_path):
-    manifest = Manifest("c", "0" * 64, {"vocab_size": 1}, (), "a" * 40)
+    manifest = Manifest("c", "0" * 64, {"name": "byte", "vocab_size": 1}, (), "a" * 40)
     manifest.write(tmp_path)
     assert load_manifest(tmp_path) == manifest
     path = tmp_path / "manifest.json"

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,13 @@ def test_runs_on_one_mix_are_one_row_whatever_its_folders_are_called_and_on_anot
         *seeds(1),
     ]
     assert sorted(row.n for row in build_table(SOTU, records).rows) == [1, 1, 1, 3]
+
+
+def test_the_next_command_is_one_that_can_be_copied_whatever_a_preset_is_called():
+    hostile = "a; rm -rf ~ \x1b[2J\n$(x)"
+    line = next_command(build_table(SOTU, seeds()), [hostile, "muon"])
+    assert line.isprintable()
+    assert shlex.split(line)[4:7] == ["--optim", r"a; rm -rf ~ \x1b[2J\n$(x)", "--seeds"]
 
 
 def test_the_next_command_asks_for_no_seed_of_a_row_that_cannot_count():

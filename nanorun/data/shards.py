@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -108,6 +109,7 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.d
     holds a token at or beyond it.
     """
     try:
+        _check_is_file(path)
         size = path.stat().st_size
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
@@ -138,6 +140,12 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.d
             f"{vocab_size}; the shard belongs to another tokenizer or is damaged: {PREPARE_AGAIN}."
         )
     return tokens
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise OSError for a pipe or a device, which may never end; a link to a file is followed, for its hash decides."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
 
 
 def sha256_of(path: Path) -> str:
@@ -222,6 +230,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Return the manifest in `folder`; `UserError` if there is none, or it is damaged, altered or too new."""
     path = folder / MANIFEST_NAME
     try:
+        _check_is_file(path)
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(
@@ -230,7 +239,7 @@ def load_manifest(folder: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); {PREPARE_AGAIN}.") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > MANIFEST_VERSION:
@@ -255,10 +264,15 @@ def load_manifest(folder: Path) -> Manifest:
 def _manifest_of(content: dict[str, Any]) -> Manifest:
     shards = tuple(ShardEntry(**shard) for shard in content["shards"])
     for shard in shards:
-        if Path(shard.file).name != shard.file:
+        for key, value in asdict(shard).items():
+            kind = int if key in ("tokens", "bytes", "documents") else str
+            if type(value) is not kind or (type(value) is int and not 0 <= value < 2**63):
+                raise ValueError(f"{key} is {ascii(value)[:60]}; expected a {kind.__name__}")
+        if Path(shard.file).name != shard.file or shard.file in ("", "..") or "\0" in shard.file:
             raise ValueError(f"{shard.file!r} is not a plain file name")
     tokenizer = dict(content["tokenizer"])
-    int(tokenizer["vocab_size"])
+    if type(tokenizer["name"]) is not str or type(tokenizer["vocab_size"]) is not int:
+        raise ValueError("its tokenizer has no name or no vocab_size")
     revision = content.get("revision")
     return Manifest(
         str(content["corpus"]),

@@ -6,12 +6,14 @@ import dataclasses
 import datetime
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanorun.errors import UserError
+from nanorun.files import locked
 from nanorun.records.grouping import LoggedGroup, group_logged_runs, mean_text, seconds_text
 from nanorun.records.imported import ImportedRun, read_imported, run_sha256, write_imported
 from nanorun.records.logs import LoggedRun, SkippedLog
@@ -90,13 +92,30 @@ def import_logs(
         raise UserError(f"--claimed-seconds {claimed_seconds}: wanted a finite number of seconds above 0")
     reading = read_logs(paths)
     result = ImportResult(reading.runs, reading.skipped, dry_run)
-    if dry_run or track is None:
+    if dry_run or track is None or not reading.runs:
         return result
+    # Two imports of one log must not both find it new.
+    with locked(records / track, on_wait=_say_who_imports):
+        return _keep(result, track, records, claimed_seconds, now)
+
+
+def _say_who_imports(holder: str) -> None:
+    print(f"waiting for {holder}, which imports to the same track", file=sys.stderr)
+
+
+def _keep(
+    result: ImportResult,
+    track: str,
+    records: Path,
+    claimed_seconds: float | None,
+    now: datetime.datetime | None,
+) -> ImportResult:
+    """Return the result after leaving an import of each run that has none yet."""
     imports, _ = read_imported(records, track)
     ids = {one.run_sha256: one.id for one in imports}
     imported = (now or datetime.datetime.now(datetime.UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
     written, known = [], []
-    for run in reading.runs:
+    for run in result.runs:
         id = ids.get(run_sha256(run))
         if id is not None:
             known.append((run, id))

@@ -512,6 +512,9 @@ def _check_for(hint: Any) -> Callable[[Any], Any]:
         return lambda value: None if value is None else inner(value)
     if get_origin(hint) is tuple:
         return partial(_list_of, _check_for(get_args(hint)[0]))
+    if get_origin(hint) is list:
+        each = _check_for(get_args(hint)[0])
+        return lambda value: list(_list_of(each, value))
     return partial(read_fields, hint)
 
 

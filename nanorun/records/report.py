@@ -10,11 +10,12 @@ import dataclasses
 import datetime
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanorun.errors import UserError
+from nanorun.errors import UserError, shown
 from nanorun.records.record import Record, Skipped
 from nanorun.records.significance import Rule, Verdict, compare_seconds, judge, mean, std
 from nanorun.records.states import State, state_key
@@ -608,14 +609,19 @@ def next_command(table: Table, presets: Sequence[str], place: str = "") -> str:
     absent = [preset for preset in presets if preset not in {row.preset for row in table.rows}]
     if lacking:
         more = f"--seed {lacking.next_seed} --seeds {wanted - lacking.n}"
-        command = f"nanorun train --track {name} --optim {lacking.preset} {more}{place}"
+        command = f"nanorun train --track {name} --optim {_as_word(lacking.preset)} {more}{place}"
         return f"{command}  # with the same --set, if there was one"
     if absent:
-        return f"nanorun train --track {name} --optim {absent[0]} --seeds {wanted}{place}"
-    best = next((row.preset for row in table.rows if row.preset in presets), "PRESET")
+        return f"nanorun train --track {name} --optim {_as_word(absent[0])} --seeds {wanted}{place}"
+    best = _as_word(next((row.preset for row in table.rows if row.preset in presets), "PRESET"))
     return (
         f"nanorun train --track {name} --optim {best} --seeds {wanted}{place} --set KEY=VALUE  # to beat it"
     )
+
+
+def _as_word(name: str) -> str:
+    """Return a file's name as one harmless word of a command that people copy into a shell."""
+    return shlex.quote(shown(name))
 
 
 def empty_line(table: Table) -> str | None:

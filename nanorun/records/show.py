@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def _print_table(table: Table, root: Path, console: Console, x: str | None, curv
         for line in terminal_lines(table, root, x, console, asked=bool(curves)):
             console.print(Text(encodable(line, console.encoding)), no_wrap=True, overflow="crop")
     if table.rows:
-        place = "" if root == Path("records") else f" --records {root}"
+        place = "" if root == Path("records") else f" --records {shlex.quote(str(root))}"
         command = next_command(table, preset_names(load_track(table.track.name)), place)
         console.print(f"next: {command}", style="dim", markup=False, highlight=False)
 

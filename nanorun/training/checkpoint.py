@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import threading
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
 from nanorun.errors import UserError
+from nanorun.training.saved import check_file, read_optimizer, read_state
 
 FORMAT_VERSION = 2
 FILES = ("model.safetensors", "optimizer.pt", "state.json")
@@ -211,7 +211,9 @@ class Saver:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted(
+        (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()), reverse=True
+    )
 
 
 def newest_of(run: Path) -> tuple[Checkpoint, list[str]]:
@@ -224,6 +226,10 @@ def load_newest(folder: Path, *, run: str) -> tuple[Checkpoint, list[str]]:
 
     Raises UserError when none does.
     """
+    if folder.is_symlink():
+        raise UserError(
+            f"{folder}: is a link, and checkpoints are written and removed there; make it a folder"
+        )
     passed_over: list[str] = []
     for path in checkpoints(folder):
         try:
@@ -241,19 +247,24 @@ def load(path: Path, *, run: str) -> Checkpoint:
     """Return the checkpoint at `path`; raises UserError naming the file that is missing or was changed."""
     names = _verified(path, run)
     try:
-        optimizer = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
-        state = json.loads((path / FILES[2]).read_text())
+        optimizer = read_optimizer(path / FILES[1])
+        state = read_state(path / FILES[2])
         model = load_file(path / FILES[0])
         evaluation = load_file(path / EVALUATION) if EVALUATION in names else model
         return Checkpoint(path, model, evaluation, optimizer, state)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read ({reason}); remove this folder to use an older one") from None
 
 
 def _verified(path: Path, run: str) -> list[str]:
     """Return the names of a checkpoint's files after comparing each with the manifest."""
+    if path.is_symlink():
+        raise UserError(f"{path}: is a link, and may lead anywhere; put the checkpoint itself there")
     try:
+        check_file(path / MANIFEST)
         text = (path / MANIFEST).read_text()
         manifest = json.loads(text)
         version = manifest["format_version"]
@@ -263,7 +274,7 @@ def _verified(path: Path, run: str) -> list[str]:
             }
             owner, step = str(manifest["run"]), int(manifest["step"])
             whole = text == manifest_text(owner, step, manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: its {MANIFEST} is missing or broken ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version!r}, and this nanorun reads {FORMAT_VERSION}")
@@ -285,7 +296,8 @@ def _verified(path: Path, run: str) -> list[str]:
         )
     for name, found in files.items():
         file = path / name
-        if not file.is_file() or (file.stat().st_size, sha256_of(file)) != found:
+        check_file(file)
+        if (file.stat().st_size, sha256_of(file)) != found:
             raise UserError(
                 f"{path}: {name} is missing or not what was saved; remove this folder to use an older one"
             )

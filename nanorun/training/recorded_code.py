@@ -238,3 +238,8 @@ def with_recorded_optimizers(config: dict[str, Any], tree: Path) -> dict[str, An
             table = {**table, "name": f"{file}:{class_name}"}
         optim[role] = table
     return {**config, "optim": optim}
+
+
+def trusting(tree: Path) -> list[str]:
+    """Return the option that lets the code in `tree` import an optimizer; older code neither has nor needs one."""
+    return ["--trust-code"] if (tree / "nanorun" / "training" / "trust.py").is_file() else []

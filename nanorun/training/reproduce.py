@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -31,6 +30,7 @@ from nanorun.data.sources import source_names
 from nanorun.data.tokenizers import check_tokenizer_name
 from nanorun.errors import RunFailed, Stopped, UserError, printable
 from nanorun.files import new_folder
+from nanorun.names import path_word
 from nanorun.records.agreement import Agreement, compare_runs, differences
 from nanorun.records.record import Code, Hardware, Record, Software, load_json, read_record, read_records
 from nanorun.records.report import row_groups
@@ -186,8 +186,7 @@ def _config_of(record: Record, seed: int | None) -> RunConfig:
             f"{record.id} has the target {record.target_val_loss:g}, and a loss is above 0: no run was made for it"
         )
     # A name becomes a folder; one that could not be a preset's is made into one.
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", config.name)[:60].strip("-.") or "run"
-    changes: dict[str, Any] = {"name": name, **({} if seed is None else {"seed": seed})}
+    changes: dict[str, Any] = {"name": path_word(config.name), **({} if seed is None else {"seed": seed})}
     return make_config({**config.model_dump(), **changes}, where=f"the record {record.id}")
 
 
@@ -491,6 +490,7 @@ def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None,
             words = _words_of_a_new_run(plan, private, tree)
         else:
             words = ["--resume", str(resume)]
+        words += recorded_code.trusting(tree)
         places = ["--data", str(plan.data.resolve()), "--records", str(private / "records")]
         command = [sys.executable, "-P", "-m", "nanorun", "train", *words, *places]
         paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]

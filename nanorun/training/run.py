@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,16 @@ from rich.console import Console
 from nanorun.config import RunConfig, make_config, resolve, resolve_values
 from nanorun.errors import Stopped, UserError
 from nanorun.optim.build import ROLE_NAMES, find_algorithm
+from nanorun.records.record import RecordError, load_json
 from nanorun.tables import read_toml
 from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, Track, load_track, preset_names
 from nanorun.training import distributed
-from nanorun.training.setup import Options, write_options
+from nanorun.training.setup import Options, say, write_options
 from nanorun.training.taking_up import check_run_name
 from nanorun.training.train import train
+from nanorun.training.trust import check_trusted, names_on_the_command_line
+
+WANDB_MODES = ("off", "offline", "online")
 
 BASE_PRESET = "adamw"
 """What an outside optimizer's run takes model, schedule and steps from."""
@@ -53,11 +57,19 @@ def train_seeds(
     n_seeds: int,
     options: dict[str, Any],
     console: Console,
+    *,
+    trust_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return the results of the runs of `configs_of`, one after the other."""
+    """Return the results of the runs of `configs_of`, one after the other.
+
+    Code from outside that `preset` and `settings` do not name runs only with `trust_code`.
+    """
     if options.get("run"):
         check_run_name(options["run"])
     track, configs = configs_of(track_name, preset, settings, seed, n_seeds)
+    named = names_on_the_command_line(preset, settings)
+    where = f"preset {configs[0].name!r} of track {track.name!r}"
+    say(console, check_trusted(configs[0], named=named, trust_code=trust_code, where=where))
     results: list[dict[str, Any]] = []
     try:
         for config in configs:
@@ -104,27 +116,70 @@ def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: A
     return resolve_values(track, name, values, settings, where=f"{optim} over {path}", **top)
 
 
-def resume_run(folder: Path, console: Console, anew: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resume_run(
+    folder: Path, console: Console, anew: Mapping[str, Any] | None = None, *, trust_code: bool = False
+) -> dict[str, Any]:
     """Return the result of a run taken up again from its newest checkpoint that verifies.
 
-    `anew` holds the options of `Options` that are not those the run was started with.
+    `anew` holds the options of `Options` that are not those the run was started with. Code from outside that the
+    run's config names runs only with `trust_code`.
     """
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder}: no run here (no config.toml); runs lie under ./runs, one folder each")
     config = make_config(read_toml(folder / "config.toml"), where=str(folder / "config.toml"))
-    try:
-        kept = json.loads((folder / "options.json").read_text())
-        paths = {key: Path(kept[key]) for key in ("runs", "data", "records")}
-        # Options of runs from before mixes do not have it.
-        paths["start"] = Path(kept.get("start", "."))
-        options = Options(**{**kept, **paths, **(anew or {})})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/options.json is missing or broken ({error}); it says where data and records lie"
-        ) from None
+    options = _options_of(folder, anew or {})
+    where = f"the config of {folder}"
+    say(console, check_trusted(config, named=(), trust_code=trust_code, where=where))
     if anew:
         write_options(folder, options)
     try:
         return train(config, load_track(config.track), options, console, resume=folder)
     finally:
         distributed.leave()
+
+
+def _options_of(folder: Path, anew: Mapping[str, Any]) -> Options:
+    """Return the options that the run in `folder` was started with, but for those given anew. Raises UserError.
+
+    A folder that was made elsewhere, told by the folder of runs that it names, does not say where to write on this
+    machine, nor that anything is sent to wandb: that has to be said anew.
+    """
+    try:
+        kept = _checked_options(load_json(folder / "options.json"))
+    except RecordError as error:
+        raise UserError(
+            f"{folder}/options.json is missing or broken ({error}); it says where data and records lie"
+        ) from None
+    here = folder.parent.resolve()
+    if kept.runs not in (here, folder.resolve().parent):
+        missing = [f"--{key}" for key in ("data", "records") if key not in anew]
+        if missing:
+            raise UserError(
+                f"{folder} was made under {kept.runs}, so the places that its options.json names are not taken for "
+                f"yours: give {' and '.join(missing)} anew"
+            )
+        kept = replace(kept, runs=here, wandb=Options.wandb, start=Options.start)
+    return replace(kept, **anew)
+
+
+def _checked_options(content: object) -> Options:
+    """Return options out of their JSON, each of its own type. Raises RecordError."""
+    if not isinstance(content, dict):
+        raise RecordError("is no object")
+    values = {}
+    defaults = {field.name: field.default for field in fields(Options)}
+    for name, value in content.items():
+        if name not in defaults:
+            raise RecordError(
+                f"is no option that this nanorun knows; wanted {', '.join(defaults)}", ascii(name)
+            )
+        kind = str if isinstance(defaults[name], Path) else type(defaults[name])
+        if type(value) is not kind or "\0" in str(value):
+            raise RecordError(f"is {ascii(value)[:60]}; wanted a {kind.__name__}", name)
+        values[name] = Path(value) if isinstance(defaults[name], Path) else value
+    for name in ("runs", "data", "records"):
+        if name not in values:
+            raise RecordError("is missing", name)
+    if values.get("wandb", Options.wandb) not in WANDB_MODES:
+        raise RecordError(f"is {ascii(values['wandb'])[:60]}; wanted {', '.join(WANDB_MODES)}", "wandb")
+    return Options(**values)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nanorun.config import RunConfig, check_fixed
 from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
@@ -24,9 +25,10 @@ from nanorun.data.prepare import default_out, prepare, prepare_command
 from nanorun.data.shards import Manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.data.text_bytes import PredictedText, predicted_text
-from nanorun.errors import UserError, nearest
+from nanorun.errors import UserError, nearest, printable, shown
 from nanorun.files import new_folder, write_whole
 from nanorun.model import GPT
+from nanorun.names import path_word
 from nanorun.optim.averaging import make_average
 from nanorun.optim.build import OptimizerSet, build_optimizers
 from nanorun.records.record import Hardware
@@ -37,8 +39,10 @@ from nanorun.training import checkpoint, machine
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
+from nanorun.training.saved import check_optimizer, check_state, check_weights, refused
 from nanorun.training.step import Stepper
 from nanorun.training.taking_up import METRICS, Begun, note_for_restarts, note_interruption
+from nanorun.training.trust import trust_flag
 
 PATCH = "source.patch"
 DETERMINISTIC_COST = (
@@ -283,7 +287,7 @@ def _checked_manifest(corpus: str, config: RunConfig, tokens: TokenSet, folder: 
 def _new_folder(config: RunConfig, options: Options, begun: Begun) -> Path:
     """Return the folder of a run that begins; it may lie there already, of one that ended before it saved anything."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = options.runs / f"{stamp}-{config.track}-{config.name}-s{config.seed}"
+    base = options.runs / f"{stamp}-{config.track}-{path_word(config.name)}-s{config.seed}"
     folder = Path(begun.folder) if begun.folder else new_folder(base, mend=ELSEWHERE)
     try:
         if (folder / "config.toml").exists():
@@ -364,7 +368,9 @@ def _print_groups(run: Run) -> None:
         say(run.console, f"deterministic algorithms alone: {DETERMINISTIC_COST}")
     table = Table("role", "tensors", "parameters", "optimizer", "lr", box=None, pad_edge=False)
     for row in run.optimizers.table():
-        table.add_row(row.role, str(row.tensors), f"{row.parameters:,}", row.optimizer, f"{row.lr:g}")
+        # A name may be a path, which is no markup.
+        name = Text(shown(row.optimizer))
+        table.add_row(row.role, str(row.tensors), f"{row.parameters:,}", name, f"{row.lr:g}")
     run.console.print(table)
 
 
@@ -383,6 +389,7 @@ def read_saved(begun: Begun, console: Console) -> checkpoint.Checkpoint | None:
 
 def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
     """Take the machine's choices from the checkpoint, and return whether to compile, `on` or `off`."""
+    check_state(saved.state, saved.path, steps=run.config.train.steps)
     before = saved.state["choices"]
     run.stepper.micro_batch_rows = min(int(before["micro_batch_rows"]), run.stepper.rows_of_rank)
     if run.device.type == "cpu":
@@ -393,8 +400,11 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Put the run where the checkpoint left it; UserError where the corpus is not the one it trained on."""
     _check_same_data(run, saved)
+    check_weights(saved.model, run.model, saved.path)
+    check_optimizer(saved.optimizer, run.optimizers, saved.path)
     run.model.load_state_dict(saved.model, strict=True)
-    run.optimizers.load_state_dict(saved.optimizer)
+    with refused(saved.path):
+        run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
     run.done = run.flags_read = int(saved.state["step"])
     now_code = run.outcome.code
@@ -446,7 +456,7 @@ def _allow_other_bits(run: Run, then: dict[str, Any], now: dict[str, Any]) -> No
 
 def resume_command(run: Run) -> str:
     """Return the command that takes the run up again."""
-    words = f"nanorun train --resume {shlex.quote(str(run.folder))}"
+    words = f"nanorun train --resume {shlex.quote(str(run.folder))}{trust_flag(run.config)}"
     if run.ranks.n_ranks == 1:
         return words
     here = int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.n_ranks))
@@ -494,7 +504,7 @@ def choices(run: Run) -> dict[str, Any]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is, as far as the terminal's encoding goes: names in it come from files."""
+    """Print lines as they are, but for what the terminal would not print: names in them come from files."""
     if text:
-        text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+        text = printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
         console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
 from nanorun.training import checkpoint, distributed, machine, recording
+from nanorun.training.alone import alone
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.evaluate import validation_loss
@@ -65,29 +66,40 @@ def _train(
     ranks = distributed.join(device.type)
     if not ranks.leads:
         console = Console(quiet=True)
-    begun = Begun(str(resume), resumes=True)
-    if resume is None:
-        begun = begun_before(config, runs=options.runs, name=options.run, ranks=ranks)
-        if begun.result is not None:
-            say(console, f"{begun.folder} is finished already; its result once more")
-            return begun.result
-    clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
-    with clock.paused("setup"):
-        saved = read_saved(begun, console)
-        run = set_up(config, track, options, console, clock, device, ranks, begun)
+    place = options.runs / options.run if resume is None and options.run else resume
+    with ExitStack() as held:
+        if place is not None:
+            held.enter_context(alone(place, ranks))
+        begun = Begun(str(resume), resumes=True)
+        if resume is None:
+            begun = begun_before(config, runs=options.runs, name=options.run, ranks=ranks)
+            if begun.result is not None:
+                say(console, f"{begun.folder} is finished already; its result once more")
+                return begun.result
+        clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
+        with clock.paused("setup"):
+            saved = read_saved(begun, console)
+            run = set_up(config, track, options, console, clock, device, ranks, begun)
+        if place is None:
+            held.enter_context(alone(run.folder, ranks))
+        return _carry_out(run, saved, begun)
+
+
+def _carry_out(run: Run, saved: checkpoint.Checkpoint | None, begun: Begun) -> dict[str, Any]:
+    """Return what `train` does of a run that is set up and whose folder is held."""
     with _listening(run), ExitStack() as stack:
         stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
         with _leaving_no_empty_folder(run, begun):
-            asked = choose_as_before(run, saved) if saved else config.train.compile
-            with clock.paused("compile"):
-                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
-                say(console, line)
-                machine.forget_peak_memory(device)
-            with clock.paused("setup"):
+            asked = choose_as_before(run, saved) if saved else run.config.train.compile
+            with run.clock.paused("compile"):
+                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=run.config.train.steps)
+                say(run.console, line)
+                machine.forget_peak_memory(run.device)
+            with run.clock.paused("setup"):
                 if saved:
                     restore(run, saved)
                 progress, rows = _open_outputs(run, stack)
-                ranks.wait()
+                run.ranks.wait()
         with _naming_what_is_saved(run):
             _loop(run, progress, rows)
         stack.pop_all().close()

@@ -90,8 +90,12 @@ def tokenizer_from_manifest(entry: dict[str, Any], folder: Path | None = None) -
         tokenizer: Tokenizer = _from_file_beside(entry, folder)
     elif name == "char":
         tokenizer = CharTokenizer(str(entry.get("chars", "")))
+    elif name == "byte":
+        tokenizer = ByteTokenizer()
     else:
-        tokenizer = make_tokenizer(name)
+        # By its name alone: a manifest does not choose which files are read here.
+        check_tokenizer_name(name)
+        tokenizer = _tiktoken_tokenizer(name)
     found = tokenizer.to_manifest()
     for key in ("vocab_size", "eot", "vocabulary_sha256"):
         if key in entry and entry[key] != found.get(key):
@@ -140,6 +144,8 @@ def _path_of(spec: str) -> Path | None:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder, a pipe or a device")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(
