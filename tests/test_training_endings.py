@@ -252,9 +252,9 @@ def test_bad_steps_that_are_allowed_leave_the_weights_alone_and_the_record_says_
     seen = []
     real = Stepper.update
 
-    def update(self, loss, scale, stop_votes):
+    def update(self, loss, scale, stop_votes, **options):
         before = [p.detach().clone() for p in self.model.parameters()]
-        result = real(self, loss, scale, stop_votes)
+        result = real(self, loss, scale, stop_votes, **options)
         same = all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
         seen.append((bool(result.bad), same))
         return result
