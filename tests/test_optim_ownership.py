@@ -4,13 +4,14 @@ import copy
 import queue
 import random
 import threading
+from functools import partial
 
 import pytest
 import torch
 from test_model import GPT2, MODERN, make_model
 
 from nanorun.optim.build import build_optimizers, find_algorithm
-from nanorun.optim.ownership import Sharing, assign_owners
+from nanorun.optim.ownership import Item, Sharing, assign_owners
 
 OPTIONS = {
     "muon": {"lr": 0.02, "momentum_warmup_steps": 3},
@@ -119,14 +120,18 @@ def assert_alike(one, other):
         assert one == other
 
 
+def owners_of(costs, kinds, n_ranks, sizes=None):
+    return assign_owners([Item(*item) for item in zip(costs, sizes or costs, kinds, strict=True)], n_ranks)
+
+
 def test_owners_bear_alike_and_are_the_same_on_every_call():
     numbers = random.Random(0)
     for _ in range(200):
         n_ranks, n_items = numbers.randint(1, 9), numbers.randint(0, 40)
         costs = [float(numbers.choice([1, 3, 4, 16, 50])) for _ in range(n_items)]
         kinds = [(cost, numbers.randint(0, 1)) for cost in costs]
-        owners = assign_owners(costs, kinds, n_ranks)
-        assert owners == assign_owners(list(costs), list(kinds), n_ranks)
+        owners = owners_of(costs, kinds, n_ranks)
+        assert owners == owners_of(list(costs), list(kinds), n_ranks)
         assert all(0 <= owner < n_ranks for owner in owners)
         loads = [sum(cost for cost, owner in zip(costs, owners) if owner == rank) for rank in range(n_ranks)]
         # What the most loaded one bears beyond the mean is one item's at most.
@@ -134,20 +139,26 @@ def test_owners_bear_alike_and_are_the_same_on_every_call():
 
 
 def test_one_item_a_rank_where_there_are_as_many_and_none_for_the_rest_where_there_are_fewer():
-    assert sorted(assign_owners([5.0, 1.0, 3.0], "abc", 3)) == [0, 1, 2]
-    assert sorted(assign_owners([5.0, 1.0, 3.0], "abc", 8)) == [0, 1, 2]
-    assert assign_owners([], [], 2) == []
+    assert sorted(owners_of([5.0, 1.0, 3.0], "abc", 3)) == [0, 1, 2]
+    assert sorted(owners_of([5.0, 1.0, 3.0], "abc", 8)) == [0, 1, 2]
+    assert owners_of([], [], 2) == []
 
 
 def test_items_of_one_kind_stay_together_where_that_burdens_nobody_more():
     costs = [4.0] * 4 + [4.0] * 4 + [3.0] * 4 + [1.0] * 4
     kinds = ["fc"] * 4 + ["proj2"] * 4 + ["qkv"] * 4 + ["proj"] * 4
-    owners = assign_owners(costs, kinds, 2)
+    owners = owners_of(costs, kinds, 2)
     assert len(set(owners[:4])) == len(set(owners[4:8])) == 1
     assert sum(cost for cost, owner in zip(costs, owners) if owner == 0) == 24.0
     # Three alike on one of two ranks would burden it more than two.
-    assert sorted(assign_owners([2.0] * 4, ["a"] * 4, 2)) == [0, 0, 1, 1]
-    assert len(set(assign_owners([2.0, 2.0, 1.0, 1.0, 1.0, 1.0], "aabbbb", 2)[:2])) == 1
+    assert sorted(owners_of([2.0] * 4, "aaaa", 2)) == [0, 0, 1, 1]
+    assert len(set(owners_of([2.0, 2.0, 1.0, 1.0, 1.0, 1.0], "aabbbb", 2)[:2])) == 1
+
+
+def test_kinds_of_one_cost_are_parted_where_one_takes_more_room_than_the_other():
+    owners = owners_of([2.0] * 4, "aabb", 2, sizes=[5, 5, 1, 1])
+    assert len(set(owners[:2])) == len(set(owners[2:])) == 2
+    assert len(set(owners_of([2.0] * 4, "aabb", 2, sizes=[3] * 4)[:2])) == 1
 
 
 @SHARED
@@ -290,3 +301,31 @@ def test_shampoos_long_sides_and_vectors_cost_what_a_diagonal_costs():
     assert shampoo.cost_of(group, 1000, 1) == 1000
     assert shampoo.cost_of(group, 200, 200) == 200 * 200
     assert shampoo.cost_of(group, 200, 50) > 200 * 50
+
+
+def test_muons_parameters_travel_while_adamw_steps():
+    events = []
+
+    class Noting:
+        rank, n_ranks = 0, 2
+
+        def broadcast(self, tensor, source):
+            events.append(f"sent by {source}")
+            return self
+
+        def wait(self):
+            events.append("waited")
+
+    def noted(name, step):
+        events.append(name)
+        step()
+
+    model = make_model(MODERN)
+    optimizers = build_optimizers(model, tables("muon"), peers=Noting())
+    for name, optimizer in zip(optimizers.names, optimizers.optimizers):
+        optimizer.step = partial(noted, name, optimizer.step)
+    set_gradients(model, 0)
+    optimizers.step()
+    assert events[0] == "muon"
+    assert sorted(events[1:3]) == ["sent by 0", "sent by 1"]
+    assert events[3:] == ["adamw", "waited", "waited"]

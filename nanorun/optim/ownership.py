@@ -39,41 +39,56 @@ class Peers(Protocol):
         """Return what each rank gave, by rank."""
 
 
-def assign_owners(costs: Sequence[float], kinds: Sequence[Hashable], n_ranks: int) -> list[int]:
+class Item(NamedTuple):
+    """Something to be dealt out."""
+
+    cost: float
+    size: int
+    """How much room it takes, on which its state depends."""
+    kind: Hashable
+    """Items of one kind are cheaper together."""
+
+
+def assign_owners(items: Sequence[Item], n_ranks: int) -> list[int]:
     """Return the rank that each item belongs to, the same on all ranks: the dearest first, to the least loaded.
 
-    So no rank bears more than 4/3 of what the best deal's most loaded one does (Graham 1969). Items of one kind,
-    which are cheaper together, stay together where no rank bears more for it.
+    So no rank bears more than 4/3 of what the best deal's most loaded one does (Graham 1969). Items of one kind
+    stay together where no rank bears more for it than the most loaded one otherwise, in cost and in size.
     """
-    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    order = sorted(range(len(costs)), key=lambda item: (-costs[item], numbers[kinds[item]], item))
-    dealt, most = _deal(costs, kinds, order, n_ranks, most=0.0)
-    together, most_together = _deal(costs, kinds, order, n_ranks, most=most)
-    return together if most_together <= most else dealt
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(item.kind for item in items))}
+    order = sorted(range(len(items)), key=lambda i: (-items[i].cost, numbers[items[i].kind], i))
+    dealt, most = _deal(items, order, n_ranks, most=(0.0, 0.0))
+    together, most_together = _deal(items, order, n_ranks, most=most)
+    return together if all(one <= other for one, other in zip(most_together, most)) else dealt
 
 
 def _deal(
-    costs: Sequence[float], kinds: Sequence[Hashable], order: Sequence[int], n_ranks: int, *, most: float
-) -> tuple[list[int], float]:
-    """Return owners and the largest load.
+    items: Sequence[Item], order: Sequence[int], n_ranks: int, *, most: tuple[float, float]
+) -> tuple[list[int], tuple[float, float]]:
+    """Return owners, and the largest cost and size of a rank.
 
     An item goes to the rank with most of its kind among those that then bear at most `most`, else to the least
     loaded.
     """
-    loads = [0.0] * n_ranks
+    costs, sizes = [0.0] * n_ranks, [0.0] * n_ranks
     counts: dict[tuple[int, Hashable], int] = {}
-    owners = [0] * len(costs)
-    for item in order:
-        kind, cost = kinds[item], costs[item]
-        fitting = [rank for rank in range(n_ranks) if loads[rank] + cost <= most and (rank, kind) in counts]
+    owners = [0] * len(items)
+    for i in order:
+        cost, size, kind = items[i]
+        fitting = [
+            rank
+            for rank in range(n_ranks)
+            if (rank, kind) in counts and costs[rank] + cost <= most[0] and sizes[rank] + size <= most[1]
+        ]
         if fitting:
             owner = max(fitting, key=lambda rank: (counts[rank, kind], -rank))
         else:
-            owner = min(range(n_ranks), key=lambda rank: (loads[rank], rank))
-        loads[owner] += cost
+            owner = min(range(n_ranks), key=lambda rank: (costs[rank], rank))
+        costs[owner] += cost
+        sizes[owner] += size
         counts[owner, kind] = counts.get((owner, kind), 0) + 1
-        owners[item] = owner
-    return owners, max(loads)
+        owners[i] = owner
+    return owners, (max(costs), max(sizes))
 
 
 def cost_of_parameter(
@@ -125,21 +140,26 @@ class Sharing:
         self.peers = peers
         self.shared = [one for one in optimizers if can_share(one)]
         members = [
-            (parameter, count, cost_of_parameter(optimizer, group, parameter, count))
+            (
+                parameter,
+                Item(
+                    cost_of_parameter(optimizer, group, parameter, count),
+                    parameter.numel(),
+                    (tuple(parameter.shape), count),
+                ),
+            )
             for optimizer in self.shared
             for group in optimizer.param_groups
             for parameter, count in zip(
                 group["params"], stacked_counts({"n_stacked": 1, **group}), strict=True
             )
         ]
-        kinds = [(tuple(parameter.shape), count) for parameter, count, _ in members]
-        costs = [cost for *_, cost in members]
-        owners = assign_owners(costs, kinds, peers.n_ranks)
-        self.owner_of = {id(parameter): owner for (parameter, *_), owner in zip(members, owners)}
+        owners = assign_owners([item for _, item in members], peers.n_ranks)
+        self.owner_of = {id(parameter): owner for (parameter, _), owner in zip(members, owners)}
         self.loads = [0.0] * peers.n_ranks
         """What each rank's parameters cost a step, in the unit of `cost_of`."""
-        for owner, cost in zip(owners, costs):
-            self.loads[owner] += cost
+        for (_, item), owner in zip(members, owners):
+            self.loads[owner] += item.cost
         self._bytes_elsewhere: dict[int, int] = {}
 
     def bytes_elsewhere(self) -> int:
