@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from nanorun.data.freed import keep_freed_memory
 from nanorun.data.journal import Journal, Progress
 from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
 from nanorun.data.shards import (
@@ -182,6 +183,7 @@ def prepare(corpus: str, *, out: Path, **options: Any) -> Prepared:
 def carry_out(request: Request) -> Prepared:
     """Do what `prepare` says, of a request from `make_request`."""
     started = time.perf_counter()
+    keep_freed_memory()
     made = _make_folder(request.out)
     try:
         with locked(request.out, on_wait=_say_who_holds(request.reading)):
