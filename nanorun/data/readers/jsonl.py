@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from nanorun.data.readers._columns import missing
@@ -23,7 +24,7 @@ _decode = json.JSONDecoder().decode
 _fast: Callable[[bytes], Any] | None = None
 """orjson's parser, which takes half the time; what it refuses Python's own has the last word on."""
 with suppress(ImportError):
-    from orjson import loads as _fast
+    _fast = import_module("orjson").loads
 _KINDS = {
     dict: "an object",
     list: "an array",
