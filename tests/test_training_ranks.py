@@ -57,19 +57,7 @@ def test_two_ranks_match_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_draw_a_mix_as_one_does(tmp_path):
-    words = [
-        sys.executable,
-        "-m",
-        "nanorun",
-        "prepare-data",
-        "sotu",
-        "--tokenizer",
-        "byte",
-        "--data",
-        str(tmp_path),
-    ]
-    subprocess.run(words, check=True, capture_output=True)
-    for name in ("a", "b"):
+    for name in ("text", "a", "b"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(4000)))
         words = [
             sys.executable,
@@ -81,8 +69,8 @@ def test_two_ranks_draw_a_mix_as_one_does(tmp_path):
             str(tmp_path / f"{name}.txt"),
         ]
         subprocess.run([*words, "--out", str(tmp_path / name)], check=True, capture_output=True)
-    extra = ["--track", "sotu", "--no-record", "--mix", f"{tmp_path / 'a'}:0.6,{tmp_path / 'b'}:0.4"]
-    extra += ["--data", str(tmp_path)]
+    mix = f"{tmp_path / 'a'}:0.6,{tmp_path / 'b'}:0.4"
+    extra = ["--track", "text", "--no-record", "--mix", mix, "--data", str(tmp_path)]
     _, losses_of_one = trained(tmp_path / "one", extra=extra)
     _, losses_of_two = trained(tmp_path / "two", *TWO_RANKS, extra=extra)
     assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
