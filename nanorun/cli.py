@@ -759,7 +759,7 @@ def main() -> None:
             _end("stopped by Ctrl-C; there is nothing to resume from", INTERRUPTED)
         raise
     except UserError as error:
-        _end(f"error: {error}", 2)
+        _end(f"error: {error}", error.exit_code)
     except RunFailed as error:
         _end(f"failed: {error}", 1)
     except Stopped as stopped:

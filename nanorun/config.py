@@ -302,8 +302,8 @@ def mix_setting(text: str) -> str:
             value = math.nan
         if not (colon and name and 0 < value < math.inf):
             raise UserError(
-                f"--mix {text}: {part.strip()!r} is no corpus with its share; wanted CORPUS:SHARE,CORPUS:SHARE with "
-                "shares above 0, for example --mix sotu:0.7,shakespeare:0.3"
+                f"--mix {text}: {part.strip()!r} is no corpus with its share; wanted CORPUS:SHARE,CORPUS:SHARE, with "
+                "commas between and shares above 0, for example --mix sotu:0.7,shakespeare:0.3"
             )
         if name in shares:
             raise UserError(f"--mix {text}: {name!r} is there twice; name it once, with both shares added up")

@@ -6,7 +6,10 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: what was found, what was wanted, how to mend it. Exit code 2."""
+    """A mistake the user can mend: what was found, what was wanted, how to mend it."""
+
+    exit_code = 2
+    """1 where it is no mistake, but a network that failed for good."""
 
 
 class RunFailed(RuntimeError):
@@ -24,8 +27,9 @@ def nearest(word: str, known: list[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
     import difflib
 
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    by_lower = {one.lower(): one for one in reversed(known)}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def printable(text: str) -> str:

@@ -257,9 +257,16 @@ def test_a_manifest_of_a_newer_version_cannot_be_judged(ours):
     assert "format version 99" in text
 
 
-@pytest.mark.parametrize(
-    "broken", ["", "[]", "{}", '{"shards": 7}', '{"format_version": 1, "shards": [7, {}]}']
-)
+@pytest.mark.parametrize("broken", ["", "[]", "{}", "{"])
+def test_a_manifest_of_which_nothing_can_be_read_is_the_only_fault(ours, broken):
+    (ours / "manifest.json").write_text(broken)
+    checked = check_folder(ours)
+    assert checked.exit_code == 1
+    assert len(checked.faults) == 1
+    assert "manifest.json" in checked.faults[0]
+
+
+@pytest.mark.parametrize("broken", ['{"shards": 7}', '{"format_version": 1, "shards": [7, {}]}'])
 def test_a_manifest_that_says_nothing_is_a_fault_and_the_shards_are_told(ours, broken):
     (ours / "manifest.json").write_text(broken)
     checked = check_folder(ours)
@@ -488,3 +495,19 @@ def test_progress_ends_at_the_size_of_what_was_read(ours, datatrove):
         check_folder(folder, steps.append)
         assert steps[-1].total >= steps[-1].done > 0
         assert steps[-1].stage == "check"
+
+
+def test_a_folder_of_text_without_its_manifest_is_called_by_its_corpus(ours):
+    (ours / "manifest.json").unlink()
+    (ours / "inputs.json").write_text(json.dumps({"corpus": "text", "files": []}))
+    assert check_folder(ours).corpus == "text"
+
+
+def test_names_go_whole_into_a_pipe(ours):
+    content = json.loads((ours / "manifest.json").read_bytes())
+    long = "n" * 120 + ".bin"
+    content["shards"][0]["file"] = long
+    (ours / "manifest.json").write_text(json.dumps(content))
+    text = io.StringIO()
+    check_and_show(ours, Console(file=text, width=80))
+    assert sum(long in line for line in text.getvalue().splitlines() if not line.startswith("fault")) == 1

@@ -27,7 +27,7 @@ from nanorun.data import hub, hub_fetch, hub_shards
 from nanorun.data.batches import open_tokens, train_rows, validation_rows
 from nanorun.data.hub_shards import HubShards
 from nanorun.data.shards import Manifest, load_manifest, sha256_of, shard_header
-from nanorun.data.sources import Reading, fineweb10B, fineweb100B, finewebedu10B
+from nanorun.data.sources import Reading, fineweb10B, fineweb100B, finewebedu10B, load_source
 from nanorun.data.tokenizers import make_tokenizer
 from nanorun.errors import UserError
 
@@ -470,6 +470,7 @@ def test_a_server_that_is_down_is_a_plain_statement(server, out, waits):
     with pytest.raises(UserError) as caught:
         make_ready(out, shards=5)
     said = str(caught.value)
+    assert caught.value.exit_code == 1, "no mistake of the user's"
     assert "failed 6 times in a row (Connect" in said
     assert f"Missing in {out}: {train(1)}, {train(2)}, {train(3)}, {train(4)}, {train(5)} and 1 more" in said
     assert f"huggingface.co/datasets/{REPOSITORY}/tree/{PIN}" in said
@@ -600,7 +601,7 @@ def test_a_second_run_asks_nothing(server, out):
     assert not PINNED.is_current(out, manifest, Reading())
     assert not PINNED.is_current(out, manifest, Reading(shards=2, revision=NEWER))
     assert not PINNED.is_current(out, manifest, Reading(shards=2, revision="main"))
-    assert not dataclasses.replace(PINNED, name="other").is_current(out, manifest, Reading(shards=2))
+    assert not dataclasses.replace(PINNED, NAME="other").is_current(out, manifest, Reading(shards=2))
     assert server.requests == []
 
 
@@ -861,8 +862,8 @@ def test_the_three_corpora_are_the_speedruns():
         (finewebedu10B, "kjj0/finewebedu10B-gpt2", "finewebedu"),
     ):
         assert (module.CORPUS.repository, module.CORPUS.prefix) == (repository, prefix)
-        assert module.__name__.endswith(f".{module.NAME}")
-        assert (module.EMBEDDED, module.DEFAULT_TOKENIZER) == (False, "gpt2")
+        assert load_source(module.CORPUS.NAME) is module.CORPUS
+        assert module.__name__.endswith(f".{module.CORPUS.NAME}")
     assert fineweb10B.CORPUS.pinned == PIN
     assert {name: len(known) for name, known in fineweb10B.CORPUS.known.items()} == {VAL: 64, train(1): 64}
 
@@ -870,7 +871,7 @@ def test_the_three_corpora_are_the_speedruns():
 def test_the_edu_corpus_has_its_own_names(server, out):
     files = {name.replace("fineweb", "finewebedu"): content for name, content in SHARDS.items()}
     server.add("kjj0/finewebedu10B-gpt2", files, commit=NEWER)
-    manifest = finewebedu10B.make_ready(out, Reading(shards=1), None)
+    manifest = finewebedu10B.CORPUS.make_ready(out, Reading(shards=1), None)
     assert [entry.file for entry in manifest.shards] == [
         "finewebedu_train_000001.bin",
         "finewebedu_val_000000.bin",

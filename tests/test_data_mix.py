@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from nanorun.data import batches, mix
 from nanorun.data.batches import rows_per_epoch, token_set, train_rows
-from nanorun.data.mix import BLOCK_ROWS, Mix, make_mix, mixed_rows, normalised, rows_of_block, training_rows
+from nanorun.data.mix import (
+    BLOCK_ROWS,
+    Mix,
+    MixPart,
+    make_mix,
+    mixed_rows,
+    normalised,
+    rows_of_block,
+    training_rows,
+)
 from nanorun.errors import UserError
 
 CONTEXT = 4
@@ -192,3 +201,10 @@ def test_corpora_of_other_vocabularies_are_refused_with_the_command_that_mends_i
 
 def test_a_mix_is_told_with_the_largest_share_first():
     assert a_mix().describe() == "low 50 %, middle 30 %, high 20 %"
+
+
+def test_parts_of_one_name_are_told_apart_by_their_hashes():
+    parts = [
+        MixPart("text", 0.5, sha256, 1, a_corpus("text", np.arange(2))) for sha256 in ("a" * 64, "b" * 64)
+    ]
+    assert Mix(tuple(parts)).describe() == "text (aaaaaaaa) 50 %, text (bbbbbbbb) 50 %"

@@ -13,12 +13,12 @@ import threading
 import numpy as np
 import pytest
 
-from nanorun.data import passes, shards, writing
+from nanorun.data import passes, shards, space, writing
 from nanorun.data import prepare as prepare_module
 from nanorun.data.batches import open_tokens
 from nanorun.data.prepare import default_out, prepare
 from nanorun.data.shards import load_manifest, open_shard, sha256_of, write_shard
-from nanorun.data.sources import Reading, shakespeare, sotu, text
+from nanorun.data.sources import InputFile, Reading, shakespeare, sotu, text
 from nanorun.data.tokenizers import tokenizer_from_manifest
 from nanorun.errors import Stopped, UserError
 
@@ -584,3 +584,96 @@ def test_preparing_imports_neither_torch_nor_the_network():
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_finished_preparation_waits_for_no_disk_but_that_of_its_small_files(texts, out, monkeypatch):
+    synced = []
+    monkeypatch.setattr(writing.SplitWriter, "sync", lambda self: synced.append(self))
+    _prepare(texts, out)
+    assert not synced
+
+
+def test_what_was_left_out_is_said_again_by_a_run_that_finds_everything_there(texts, out):
+    (texts / "loop").symlink_to("loop")
+    (texts / "bad.jsonl").write_text("{\n")
+    (texts / "copy.txt").write_bytes((texts / "1.txt").read_bytes())
+    (texts / "empty.txt").write_text("")
+    first = _prepare(texts, out, skip_bad=True)
+    assert next(iter(first.skipped)).endswith("a symlink that leads to itself")
+    assert (first.n_skipped, first.duplicates, first.empty) == (2, 1, 1)
+    second = _prepare(texts, out, skip_bad=True)
+    assert not second.wrote
+    for key in prepare_module.LEFT_OUT:
+        assert (
+            list(getattr(second, key)) == list(getattr(first, key))
+            if key in ("skipped", "notes")
+            else (getattr(second, key) == getattr(first, key))
+        )
+
+
+@pytest.mark.parametrize(
+    ("contents", "separator", "note"),
+    [
+        (["one document\n" * 30], None, "its last tenth"),
+        (["a", "b"], None, "the one with the least hash was held out"),
+        (["one document\n" * 30], "<end>", "'<end>' occurs nowhere"),
+    ],
+)
+def test_what_came_out_otherwise_than_one_might_think_is_noted(contents, separator, note, out, tmp_path):
+    for i, content in enumerate(contents):
+        (tmp_path / f"{i}.txt").write_text(content)
+    done = prepare("text", out=out, inputs=[str(tmp_path / "*.txt")], separator=separator)
+    assert any(note in one for one in done.notes)
+
+
+def test_a_corpus_as_it_should_be_is_noted_by_nothing(out, tmp_path):
+    (tmp_path / "a.txt").write_text("<end>".join(f"document {i}" for i in range(100)))
+    assert prepare("text", out=out, inputs=[str(tmp_path / "a.txt")], separator="<end>").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options"),
+    [
+        ("sotu", {"column": "x"}),
+        ("sotu", {"shards": 3}),
+        ("shakespeare", {"separator": "x"}),
+        ("text", {"include": "*"}),
+        ("text", {"revision": "main"}),
+        ("fineweb10B", {"column": "x"}),
+        ("hub:a/b", {"shards": 2}),
+        ("shards", {"column": "x"}),
+    ],
+)
+def test_an_option_that_a_corpus_does_not_heed_is_refused_by_name(corpus, options, out):
+    (option,) = options
+    with pytest.raises(
+        UserError, match=rf"--{option} .*corpus '{corpus}' takes no --{option} .*leave it out"
+    ):
+        prepare(corpus, out=out, **options)
+    assert not out.exists()
+
+
+def test_an_empty_tokenizer_and_a_path_for_a_corpus_are_refused_with_the_mend(texts, out):
+    with pytest.raises(UserError, match="--tokenizer is empty"):
+        prepare("sotu", out=out, tokenizer="")
+    with pytest.raises(UserError, match=rf"nanorun prepare-data text --input {texts}"):
+        prepare(str(texts), out=out)
+    with pytest.raises(UserError, match="Did you mean 'gpt2'"):
+        prepare("sotu", out=out, tokenizer="GPT2")
+
+
+def test_too_little_space_is_told_of_and_refused_by_the_disk_alone(texts, out, monkeypatch):
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 1000)
+    told = []
+    assert _prepare(texts, out, report=told.append).wrote
+    assert next(step.note for step in told if step.stage == "note").endswith("the same command goes on")
+
+
+def test_an_estimate_of_tokens_is_near_what_comes_out(out):
+    done = prepare("sotu", out=out)
+    guess = space.needed(sotu.files(Reading()), "byte", ready=False).tokens
+    n_tokens = done.manifest.n_tokens("train") + done.manifest.n_tokens("val")
+    assert guess == pytest.approx(n_tokens, rel=0.001)
+    files = [InputFile("a.bin", 1024 + 2 * 500, 2.5, "")]
+    assert space.needed(files, "gpt2", ready=True).tokens == 500
+    assert space.needed([InputFile("a.txt", 2_300, 1.0, "")], "bpe512", ready=False).tokens == 1000

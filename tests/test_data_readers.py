@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorun.data.pieces import cut
-from nanorun.data.readers import documents_of, kind_of, kind_said, load_reader, plain, reader_names
+from nanorun.data.readers import documents_of, jsonl, kind_of, kind_said, load_reader, plain, reader_names
 from nanorun.data.sources import LongText, Reading
 from nanorun.errors import UserError
 
@@ -39,7 +39,9 @@ UNICODE = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
 DOCUMENTS = st.lists(UNICODE, min_size=1, max_size=8)
 # the separator takes the line breaks around it, so documents with such at their ends do not come back as written
 SEPARABLE = st.lists(
-    UNICODE.map(lambda text: text.strip("\r\n")).filter(lambda text: text and not text.isspace()),
+    UNICODE.map(lambda text: text.strip("\r\n")).filter(
+        lambda text: text and not text.isspace() and SEPARATOR not in text
+    ),
     min_size=1,
     max_size=8,
 )
@@ -742,3 +744,92 @@ def test_a_document_of_100_mb_takes_less_than_a_gigabyte(tmp_path, name, separat
     n_chars, n_bytes = map(int, done.stdout.split())
     assert n_chars == len(text) > 100_000_000
     assert n_bytes < 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "found"),
+    [
+        (gzip.compress(b"text\n"), "a.txt", "gzip, not text; say --format plain.gz"),
+        (gzip.compress(b'{"text": "x"}\n'), "a.jsonl", "gzip, not text; say --format jsonl.gz"),
+        (b"PAR1\x15\x04\x15", "a.txt", "parquet, not text; say --format parquet"),
+        (b"%PDF-1.7\n%\xe2\xe3", "a.txt", "a PDF, not text; take the text out of it first"),
+        (b"id;text\n1;hello\n", "a.csv", "its columns are separated by ';'; write it again with ',' or tabs"),
+        (b"id\ttext\n1\thello\n", "a.csv", "its columns are separated by tabs; say --format tsv"),
+        (b"id,text\n1,hello\n", "a.tsv", "its columns are separated by ','; say --format csv"),
+        (
+            b"ab\0\0\xffcd",
+            "a.txt",
+            r"not UTF-8 at byte 4 \(0xff\), and with zero bytes; it looks like no text",
+        ),
+    ],
+)
+def test_what_a_name_does_not_say_is_told_by_what_it_looks_like(content, name, found, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    _refused(tmp_path / name, found)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_of_a_packed_file_that_breaks_off_all_whole_documents_before_the_cut_are_kept(packing, tmp_path):
+    chance = random.Random(0)
+    lines = [json.dumps({"text": f"{i} {chance.random()}"}) for i in range(20_000)]
+    content = _packed("".join(f"{line}\n" for line in lines).encode(), f"a.jsonl{packing}")
+    path = tmp_path / f"a.jsonl{packing}"
+    path.write_bytes(content[: len(content) * 2 // 3])
+    texts = _refused(path, "that ends in the middle")
+    assert texts == [json.loads(line)["text"] for line in lines[: len(texts)]]
+    # zstd unpacks blocks of 128 KiB, whole or not at all
+    n_bytes = sum(len(line) + 1 for line in lines)
+    kept = sum(len(line) + 1 for line in lines[: len(texts)])
+    assert kept > n_bytes * 2 // 3 - (1 << 17) - 10_000
+
+
+ODD_LINES = [
+    b'{"text": "as usual"}',
+    b'{"a": 1, "text": "\\u00e9\\n\\ud83d\\ude00", "text": "the last one"}',
+    b'{"text": NaN}',
+    b'{"n": NaN, "text": "beside no number"}',
+    b'{"n": 1e999, "text": "beside a huge number"}',
+    b'{"n": ' + b"1" * 400 + b', "text": "beside many digits"}',
+    b'{"n": ' + b"1" * 5000 + b', "text": "beside too many digits"}',
+    b'{"text": "half \\ud800"}',
+    b'{"text": "raw \xed\xa0\x80"}',
+    b'{"text": "\xff"}',
+    b'{"text": "tab\t"}',
+    b'{"text": null}',
+    b'["text"]',
+    b'"text"',
+    b'{"Text": "x"}',
+    b'{"text": 01}',
+    b"  ",
+    b'\xef\xbb\xbf{"text": "marked"}',
+    b"[" * 100_000,
+]
+
+
+def test_json_lines_are_read_the_same_with_and_without_the_faster_parser(tmp_path, monkeypatch):
+    pytest.importorskip("orjson")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(ODD_LINES))
+    texts, reading = _read(path, skip_bad=True)
+    monkeypatch.setattr(jsonl, "_fast", None)
+    assert _read(path, skip_bad=True)[0] == texts
+    assert _read(path, skip_bad=True)[1].skipped == reading.skipped
+    assert len(texts) == 5
+    assert reading.n_skipped == 12
+
+
+@pytest.mark.slow
+def test_a_line_of_100_mb_with_wide_characters_takes_less_than_a_gigabyte(tmp_path):
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write("ab \U0001f600 \u65e5\u672c\u8a9e ".encode() * (1_000_000 // 18))
+        file.write(b'"}\n{"text": "short"}\n')
+    program = (
+        "import sys; from pathlib import Path; from nanorun.data.prepare import prepare\n"
+        "prepare('text', out=Path(sys.argv[1]) / 'out', inputs=[sys.argv[1] + '/a.jsonl'])\n"
+        "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) / 1024 < 1000

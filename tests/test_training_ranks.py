@@ -33,10 +33,10 @@ main()
 """
 
 
-def trained(folder, *launcher, program=("-m", "nanorun"), settings=(), optim="muon"):
+def trained(folder, *launcher, program=("-m", "nanorun"), settings=(), optim="muon", extra=()):
     folder.mkdir(exist_ok=True)
     words = [sys.executable, *launcher, *program, "train", "--track", "shakespeare-sprint", "--json"]
-    words += ["--optim", optim]
+    words += ["--optim", optim, *extra]
     words += [word for setting in [*TINY, *settings] for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # gloo has been seen to abort a rank (SIGABRT) once in several runs; what is claimed here is of whole runs.
@@ -58,6 +58,27 @@ def test_two_ranks_match_one(tmp_path):
     assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
     assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-4)
     assert two["initial_weights_sha256"] == one["initial_weights_sha256"]
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_a_mix_as_one_does(tmp_path):
+    for name in ("text", "a", "b"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(4000)))
+        words = [
+            sys.executable,
+            "-m",
+            "nanorun",
+            "prepare-data",
+            "text",
+            "--input",
+            str(tmp_path / f"{name}.txt"),
+        ]
+        subprocess.run([*words, "--out", str(tmp_path / name)], check=True, capture_output=True)
+    mix = f"{tmp_path / 'a'}:0.6,{tmp_path / 'b'}:0.4"
+    extra = ["--track", "text", "--no-record", "--mix", mix, "--data", str(tmp_path)]
+    _, losses_of_one = trained(tmp_path / "one", extra=extra)
+    _, losses_of_two = trained(tmp_path / "two", *TWO_RANKS, extra=extra)
+    assert losses_of_two == pytest.approx(losses_of_one, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from nanorun.data.readahead import MappedArray, mapped_array
-from nanorun.data.shards import PREPARE_AGAIN, Manifest, load_manifest, open_shard, sha256_of
+from nanorun.data.shards import MAKE_AGAIN, PREPARE_AGAIN, Manifest, load_manifest, open_shard, sha256_of
 from nanorun.errors import UserError
 
 Rows = npt.NDArray[np.int64]
@@ -131,12 +131,11 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> TokenSet:
         mapped = open_shard(path, manifest.vocab_size if verify else None)
         if len(mapped) != entry.tokens:
             raise UserError(
-                f"{path}: {len(mapped):,} tokens, its manifest says {entry.tokens:,}; {PREPARE_AGAIN}."
+                f"{path}: {len(mapped):,} tokens, its manifest says {entry.tokens:,}; {MAKE_AGAIN}."
             )
         if verify and (found := sha256_of(path)) != entry.sha256:
             raise UserError(
-                f"{path}: sha256 {found}, its manifest says {entry.sha256}: damaged or altered; "
-                f"{PREPARE_AGAIN}."
+                f"{path}: sha256 {found}, its manifest says {entry.sha256}: damaged or altered; {MAKE_AGAIN}."
             )
         # A plain view of the map: slicing np.memmap itself costs several times as much.
         shards.append(np.asarray(mapped))

@@ -22,6 +22,7 @@ from nanorun.data.shards import (
     HEADER_BYTES,
     INPUTS_NAME,
     JOURNAL_NAME,
+    MAKE_AGAIN,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     PARTIAL,
@@ -153,6 +154,8 @@ def _check_ours(folder: Path, files: Sequence[Path], progress: _Progress) -> Che
         checked.faults.append(str(error))
     # What an altered manifest says is compared with the shards all the same.
     content = _json(folder / MANIFEST_NAME)
+    if not content:
+        return checked
     if _is_newer(content):
         checked.is_known = False
     entries = _entries(content, checked)
@@ -228,7 +231,7 @@ def _check_shard(
     file = CheckedFile(entry.file, entry.split, _size(path), None, entry.tokens, entry.bytes, entry.documents)
     if file.size is None:
         file.sha256 = "not there"
-        faults.append(f"{shown(path)}: the {by} names it and it is not there; {PREPARE_AGAIN}.")
+        faults.append(f"{shown(path)}: the {by} names it and it is not there; {MAKE_AGAIN}.")
         return file
     try:
         tokens = open_shard(path)
@@ -247,7 +250,7 @@ def _check_shard(
     if file.sha256 == "wrong":
         faults.append(
             f"{shown(path)}: sha256 {found}, its {by} says {shown(entry.sha256)}: damaged or altered; "
-            f"{PREPARE_AGAIN}."
+            f"{MAKE_AGAIN}."
         )
     _check_counts(path, entry, tally, tokenizer, checked, by)
     return file
@@ -295,7 +298,7 @@ def _check_counts(
     if type(vocab_size) is int and tally.largest >= vocab_size:
         faults.append(
             f"{where}: token {tally.largest:,} at place {tally.largest_at:,} is beyond the vocabulary, whose ids are "
-            f"below {vocab_size:,}; {PREPARE_AGAIN}."
+            f"below {vocab_size:,}; {MAKE_AGAIN}."
         )
     pairs = [("tokens", tally.tokens, entry.tokens)]
     if type(tokenizer.get("eot")) is int and checked.corpus not in _READY_MADE:
@@ -303,7 +306,7 @@ def _check_counts(
     if _counting_tokenizer(tokenizer):
         pairs.append(("bytes of text", tally.bytes, entry.bytes))
     faults += [
-        f"{where}: {found:,} {what}, its {by} says {said:,}; {PREPARE_AGAIN}."
+        f"{where}: {found:,} {what}, its {by} says {said:,}; {MAKE_AGAIN}."
         for what, found, said in pairs
         if found != said
     ]
@@ -382,7 +385,7 @@ def _check_unfinished(folder: Path, files: Sequence[Path], progress: _Progress) 
         checked.corpus = shown(str(request.get("corpus")))
         checked.tokenizer = shown(str(request.get("tokenizer")))
     elif kept:
-        checked.corpus = "shards"
+        checked.corpus = shown(str(kept.get("corpus", "shards")))
     tokenizer = _table(first, "tokenizer")
     checked.tokenizer = _our_tokenizer(tokenizer) or checked.tokenizer
     finished = [line["shard"] for line in lines if "shard" in line] or kept.get("done")
@@ -555,7 +558,9 @@ def _print(checked: Checked, console: Console) -> None:
         lines.append(f"tokenizer: {checked.tokenizer}")
     _say(lines, console)
     if checked.files:
-        console.print(_grid(checked))
+        # Into a file or a pipe names go whole; on a terminal they are folded.
+        wide = console if console.is_terminal else type(console)(file=console.file, width=1000)
+        wide.print(_grid(checked))
     _say([f"fault: {one}" for one in checked.faults] + [f"note: {one}" for one in checked.notes], console)
 
 
@@ -571,7 +576,7 @@ def _grid(checked: Checked) -> Table:
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for title in ("File", "Split"):
-        grid.add_column(title)
+        grid.add_column(title, overflow="fold")
     for title in ("Tokens", "Bytes of text", "Documents"):
         grid.add_column(title, justify="right")
     for title in ("Type", "sha256"):

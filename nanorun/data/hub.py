@@ -34,6 +34,8 @@ _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 class Unreachable(UserError):
     """The hub does not answer, or not usefully, and trying again did not help."""
 
+    exit_code = 1
+
 
 class Stopped(Exception):
     """Somebody else has failed, or was interrupted; there is nothing to say."""

@@ -99,7 +99,7 @@ def fetch(
             waiting.extend((job, pool.submit(work.bring, job)) for job in islice(remaining, 1))
             yield job.target
     except Unreachable as error:
-        raise UserError(f"{error} {_missing(jobs, work)} {by_hand}") from error
+        raise Unreachable(f"{error} {_missing(jobs, work)} {by_hand}") from error
     finally:
         work.stop.set()
         pool.shutdown(cancel_futures=True)

@@ -49,13 +49,19 @@ PINNED_NAME = "revision.partial"
 class HubShards:
     """A corpus of shards `PREFIX_val_000000.bin`, `PREFIX_train_000001.bin`, … in one repository: a `ReadySource`."""
 
-    name: str
+    NAME: str
     repository: str
     prefix: str
     pinned: str | None = None
     """The commit to use; None where no public code names one."""
     known: dict[str, str] = field(default_factory=dict)
     """sha256 of some files at the pinned commit, from another hand than the hub's."""
+    SUMMARY: str = ""
+    """One line for listings."""
+    EMBEDDED = False
+    TAKES_INPUT = False
+    OPTIONS = ("revision", "shards")
+    DEFAULT_TOKENIZER = TOKENIZER
 
     def files(self, reading: Reading) -> list[InputFile]:
         """Return the shards that would be fetched, training first; asks the hub."""
@@ -69,7 +75,7 @@ class HubShards:
         """Return whether `out` holds what is asked for, or more, every file with the manifest's hash; no network."""
         wanted = DEFAULT_SHARDS if reading.shards is None else reading.shards
         return (
-            manifest.corpus == self.name
+            manifest.corpus == self.NAME
             and _is_revision(reading.revision, manifest.revision)
             and len(manifest.of_split("train")) >= wanted
             and bool(manifest.of_split("val"))
@@ -86,7 +92,7 @@ class HubShards:
         self._refuse_inputs(reading)
         if tokenizer not in (None, TOKENIZER):
             raise UserError(
-                f"Corpus {self.name!r} is ready-made with tokenizer {TOKENIZER}; leave --tokenizer out."
+                f"Corpus {self.NAME!r} is ready-made with tokenizer {TOKENIZER}; leave --tokenizer out."
             )
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +114,7 @@ class HubShards:
     def _refuse_inputs(self, reading: Reading) -> None:
         if reading.inputs:
             raise UserError(
-                f"Corpus {self.name!r} comes from the hub and takes no --input (found {reading.inputs[0]!r}); for "
+                f"Corpus {self.NAME!r} comes from the hub and takes no --input (found {reading.inputs[0]!r}); for "
                 "shards that you have: nanorun prepare-data shards --input DIR"
             )
 
@@ -117,7 +123,7 @@ class HubShards:
         if not (out / MANIFEST_NAME).exists():
             return None
         manifest = load_manifest(out)
-        return manifest if manifest.corpus == self.name else None
+        return manifest if manifest.corpus == self.NAME else None
 
     def _commit(self, out: Path, had: Manifest | None, reading: Reading) -> str:
         """Return the commit to use; where it was the newest, `out` remembers it."""
@@ -238,21 +244,21 @@ class HubShards:
     def _manifest(self, entries: list[ShardEntry], tokenizer: Tokenizer, revision: str | None) -> Manifest:
         lines = "".join(f"{entry.file} {entry.sha256}\n" for entry in entries)
         source_sha256 = hashlib.sha256(lines.encode()).hexdigest()
-        return Manifest(self.name, source_sha256, tokenizer.to_manifest(), tuple(entries), revision)
+        return Manifest(self.NAME, source_sha256, tokenizer.to_manifest(), tuple(entries), revision)
 
     def _by_hand(self, out: Path, had: Manifest | None, reading: Reading, error: Unreachable) -> Manifest:
         """Return the manifest of files that lie in `out` already, where the hub cannot be asked about them."""
         names = self._names(DEFAULT_SHARDS if reading.shards is None else max(1, reading.shards))
         missing = [name for name in names if not (out / name).exists()]
         if reading.revision is not None:
-            raise UserError(
+            raise Unreachable(
                 f"{error} Without the hub --revision {reading.revision} cannot be looked up."
             ) from error
         if missing:
             commit = self._known_commit(out, had) or "main"
             named = ", ".join(missing[:MOST_NAMED])
             more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-            raise UserError(
+            raise Unreachable(
                 f"{error} Missing in {out}: {named}{more}. Fetch them elsewhere from "
                 f"https://huggingface.co/datasets/{self.repository}/tree/{commit}, put them there under these names, "
                 "and run the same command again."

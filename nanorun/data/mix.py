@@ -56,9 +56,18 @@ class Mix:
         return sum(part.tokens.n_tokens for part in self.parts)
 
     def describe(self) -> str:
-        """Return the corpora and their shares in few words, the largest share first."""
+        """Return the corpora and their shares in few words, the largest share first.
+
+        Of several that have one name, such as two folders of `text`, the hash of the manifest follows.
+        """
         parts = sorted(self.parts, key=lambda part: (-part.share, part.name))
-        return ", ".join(f"{part.name} {100 * part.share:.4g} %" for part in parts)
+        names = [part.name for part in parts]
+        return ", ".join(
+            part.name
+            + (f" ({part.manifest_sha256[:8]})" if names.count(part.name) > 1 else "")
+            + f" {100 * part.share:.4g} %"
+            for part in parts
+        )
 
     def identity(self) -> list[dict[str, object]]:
         """Return name, share and manifest_sha256 of each corpus: what a record and a checkpoint hold."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from nanorun.data.freed import keep_freed_memory
 from nanorun.data.journal import Journal, Progress
 from nanorun.data.passes import CHUNK_BYTES, Pass, Rule
 from nanorun.data.shards import (
@@ -43,7 +44,7 @@ from nanorun.data.sources import (
     is_ready,
     load_source,
 )
-from nanorun.data.space import refuse_if_full
+from nanorun.data.space import warn_if_full
 from nanorun.data.tokenizers import (
     Tokenizer,
     make_tokenizer,
@@ -53,9 +54,11 @@ from nanorun.data.tokenizers import (
 )
 from nanorun.data.vocabularies import characters, trained_bpe
 from nanorun.data.writing import SplitWriter, Writer, encode_chunk, finish_name
-from nanorun.errors import Stopped, UserError
+from nanorun.errors import Stopped, UserError, shown
 from nanorun.files import locked
 
+LEFT_OUT = ("duplicates", "skipped", "n_skipped", "empty", "notes")
+"""What `inputs.json` keeps of a `Prepared`, to be said again by a later run that finds everything there."""
 SCRATCH = ".scratch"
 """A folder beside the shards for temporary files."""
 
@@ -109,6 +112,8 @@ class Prepared:
     """Documents without text, passed over."""
     resumed_at: int = 0
     """Documents that an interrupted run had done before."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what came out otherwise than one might think."""
 
 
 def default_out(corpus: str, tokenizer: str | None = None, root: Path = Path("data")) -> Path:
@@ -146,6 +151,9 @@ def make_request(
     `workers` threads tokenize; 0 takes as many as there are cores, and more than that are not taken.
     """
     source = load_source(corpus)
+    _refuse_options(source, {"input": inputs, **reading})
+    if tokenizer == "":
+        raise UserError("--tokenizer is empty; expected a name such as byte, or leave it out.")
     if workers < 0:
         raise UserError(f"--workers {workers}: expected 1 or more, or 0 for as many as there are cores.")
     if train_bpe is not None and tokenizer is not None:
@@ -169,6 +177,20 @@ def make_request(
     return Request(corpus, out, tokenizer, name, source, filled, keep_duplicates, train_bpe)
 
 
+def _refuse_options(source: Source | ReadySource, given: dict[str, Any]) -> None:
+    """Raise `UserError` for an option that this corpus does not heed."""
+    for option in ("input", "format", "column", "separator", "include", "revision", "shards"):
+        value = given.get(option)
+        if value in (None, (), []) or option in source.OPTIONS:
+            continue
+        said = value if isinstance(value, (str, int)) else value[0]
+        takes = ", ".join(f"--{one}" for one in source.OPTIONS) or "none of this kind"
+        own = "; for your own files: nanorun prepare-data text --input PATH" if option == "input" else ""
+        raise UserError(
+            f"--{option} {shown(said)}: corpus {source.NAME!r} takes no --{option} ({takes}); leave it out{own}."
+        )
+
+
 def prepare(corpus: str, *, out: Path, **options: Any) -> Prepared:
     """Leave the shards `<corpus>_<split>_<number>.bin` and a manifest in `out`, and return what is there.
 
@@ -182,6 +204,7 @@ def prepare(corpus: str, *, out: Path, **options: Any) -> Prepared:
 def carry_out(request: Request) -> Prepared:
     """Do what `prepare` says, of a request from `make_request`."""
     started = time.perf_counter()
+    keep_freed_memory()
     made = _make_folder(request.out)
     try:
         with locked(request.out, on_wait=_say_who_holds(request.reading)):
@@ -201,7 +224,9 @@ def _found_or_made(request: Request) -> Prepared:
     if found is None:
         return _make(request)
     _tidy(request, found)
-    return Prepared(request.out, found, False, 0.0, 0.0)
+    left_out = _kept_inputs(request.out).get("left_out")
+    known = left_out if isinstance(left_out, dict) and left_out.keys() <= set(LEFT_OUT) else {}
+    return replace(Prepared(request.out, found, False, 0.0, 0.0), **known)
 
 
 def _make(request: Request) -> Prepared:
@@ -214,20 +239,20 @@ def _make(request: Request) -> Prepared:
             manifest = request.source.make_ready(out, request.reading, request.tokenizer)
             done = Prepared(out, manifest, True, 0.0, 0.0)
         else:
-            refuse_if_full(request)
+            if warning := warn_if_full(request):
+                request.reading.report(Step("note", 0, None, "bytes", warning))
             # From here on the folder is not a prepared corpus.
             (out / MANIFEST_NAME).unlink(missing_ok=True)
             done = _Tokenizing(request).run()
         done.manifest.write(out)
-        _keep_inputs(request, done.manifest)
+        _keep_inputs(request, done)
     except KeyboardInterrupt:
         if not (stays := _what_stays(request)):
             raise
         raise Stopped(f"stopped. {stays}") from None
     except UserError as error:
-        raise UserError(
-            f"{error} {'' if is_ready(request.source) else _what_stays(request)}".rstrip()
-        ) from error
+        stays = "" if is_ready(request.source) else _what_stays(request)
+        raise type(error)(f"{error} {stays}".rstrip()) from error
     except OSError as error:
         raise cannot_write(out, error) from error
     Journal(out).remove()
@@ -295,7 +320,19 @@ class _Tokenizing:
             self._reading.n_skipped,
             self._reading.empty,
             resumed_at,
+            tuple(self._notes(progress.rule)),
         )
+
+    def _notes(self, rule: dict[str, Any]) -> Iterator[str]:
+        separator = self._reading.separator
+        if separator is not None and not self._reading.separated:
+            yield f"the separator {separator!r} occurs nowhere: each plain file was taken as one document"
+        if rule["cut"]:
+            yield "there is but one document: its last tenth is held out for validation"
+        elif rule["val"]:
+            yield "the corpus is small: no document's hash holds it out, so the one with the least hash was held out"
+        elif rule["train"]:
+            yield "the corpus is small: all documents' hashes hold them out, so the one with the greatest is trained on"
 
     def _taken_up(self) -> Progress | None:
         """Return how far an interrupted run of the same request came; None where there is nothing to go on with."""
@@ -532,11 +569,12 @@ def _is_same(kept: Any, listing: list[list[Any]]) -> bool:
     return bool(kept == listing and all(version for _, _, version in listing))
 
 
-def _keep_inputs(request: Request, manifest: Manifest) -> None:
+def _keep_inputs(request: Request, done: Prepared) -> None:
     if is_ready(request.source) or request.source.SOURCE_SHA256 is not None:
         return
     files = request.source.files(request.reading)
-    kept = {**request.as_kept(), "manifest": manifest.sha256, "files": _listing(files)}
+    kept = {**request.as_kept(), "manifest": done.manifest.sha256, "files": _listing(files)}
+    kept["left_out"] = {key: getattr(done, key) for key in LEFT_OUT}
     with replacing(request.out / INPUTS_NAME) as file:
         file.write(json.dumps(kept).encode())
 
@@ -546,7 +584,7 @@ def _tidy(request: Request, manifest: Manifest) -> None:
     _remove_leftovers(request.out)
     Journal(request.out).remove()
     if _kept_inputs(request.out).get("manifest") != manifest.sha256:
-        _keep_inputs(request, manifest)
+        _keep_inputs(request, Prepared(request.out, manifest, False, 0.0, 0.0))
 
 
 def _remove_leftovers(out: Path) -> None:

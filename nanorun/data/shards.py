@@ -42,6 +42,7 @@ PARTIAL = ".partial"
 """What follows the name of a file that is being filled."""
 MANIFEST_VERSION = 1
 PREPARE_AGAIN = "delete the folder and run `nanorun prepare-data` again"
+MAKE_AGAIN = "run the same `nanorun prepare-data` command again, which makes it anew"
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -114,30 +115,30 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.memmap[Any, np.d
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {PREPARE_AGAIN}.") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {MAKE_AGAIN}.") from error
     magic, version, n_tokens = (int(value) for value in header[:3])
     if magic not in (MAGIC, WIDE_MAGIC):
         raise UserError(
-            f"{path}: not a token shard: it begins with {magic}, expected {MAGIC} or {WIDE_MAGIC}; {PREPARE_AGAIN}."
+            f"{path}: not a token shard: it begins with {magic}, expected {MAGIC} or {WIDE_MAGIC}; {MAKE_AGAIN}."
         )
     wanted_version, dtype = (SHARD_VERSION, "<u2") if magic == MAGIC else (WIDE_VERSION, "<u4")
     if version != wanted_version:
-        raise UserError(f"{path}: shard version {version}, expected {wanted_version}; {PREPARE_AGAIN}.")
+        raise UserError(f"{path}: shard version {version}, expected {wanted_version}; {MAKE_AGAIN}.")
     if n_tokens <= 0:
-        raise UserError(f"{path}: the shard holds no tokens; {PREPARE_AGAIN}.")
+        raise UserError(f"{path}: the shard holds no tokens; {MAKE_AGAIN}.")
     expected = HEADER_BYTES + np.dtype(dtype).itemsize * n_tokens
     if size != expected:
         fault = "truncated" if size < expected else "too long"
         raise UserError(
             f"{path}: {fault}: {size:,} bytes, but its header's {n_tokens:,} tokens take {expected:,}; "
-            f"{PREPARE_AGAIN}."
+            f"{MAKE_AGAIN}."
         )
     tokens = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
         raise UserError(
             f"{path}: token {largest} at place {int(tokens.argmax())} is beyond the vocabulary, whose ids "
             "are below "
-            f"{vocab_size}; the shard belongs to another tokenizer or is damaged: {PREPARE_AGAIN}."
+            f"{vocab_size}; the shard belongs to another tokenizer or is damaged: {MAKE_AGAIN}."
         )
     return tokens
 

@@ -73,6 +73,7 @@ def _summary_lines(done: Prepared) -> Iterator[str]:
         f"{done.out}: {manifest.corpus} in {manifest.tokenizer['name']} tokens, {manifest.n_tokens('train'):,} to "
         f"train on and {manifest.n_tokens('val'):,} to validate on, {verb}"
     )
+    yield from (f"note: {note}" for note in done.notes)
     if done.duplicates:
         yield f"{done.duplicates:,} exact copies of documents left out (--keep-duplicates keeps them)"
     if done.empty:
@@ -99,6 +100,7 @@ def _summary(done: Prepared) -> dict[str, Any]:
         "empty": done.empty,
         "n_skipped": done.n_skipped,
         "skipped": list(done.skipped),
+        "notes": list(done.notes),
         "resumed_at": done.resumed_at,
         "wrote": done.wrote,
         "seconds": done.seconds,
@@ -167,10 +169,15 @@ def _bars(console: Console) -> Iterator[Callable[[Step], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
+        said = ""
+
         def report(step: Step) -> None:
-            if step.stage == "wait" and not progress.live.is_started:
-                _say(console, [f"waiting: {step.note}"])
-            if not progress.live.is_started:
+            nonlocal said
+            is_waiting = step.stage in ("wait", "fetch") and not progress.live.is_started
+            if step.note not in ("", said) and (is_waiting or step.stage == "note"):
+                said = step.note
+                _say(console, [f"{'waiting' if step.stage == 'wait' else step.stage}: {step.note}"])
+            if not progress.live.is_started or step.stage == "note":
                 return
             if step.stage not in tasks:
                 tasks[step.stage] = progress.add_task(step.stage, total=step.total, how_far="", note="")
@@ -208,8 +215,9 @@ def next_command(corpus: str, tokenizer: str, root: Path, out: Path | None) -> s
     place = f" --data {out or root}" if out or root != Path("data") else ""
     if not found:
         return (
-            f"a track of your own for it: ./configs/NAME/track.toml with [fixed.data] corpus = {corpus!r}, "
-            f"tokenizer = {tokenizer!r}, and a preset beside it; then nanorun train --track NAME{place}"
+            f"a track of your own for it: copy {load_track('text').folder} to ./configs/NAME and set there, in "
+            f"track.toml, [fixed.data] corpus = {corpus!r}, tokenizer = {tokenizer!r} and target_val_loss; then "
+            f"nanorun train --track NAME{place}"
         )
     # The quickest of several is the one to begin with.
     name = (

@@ -8,8 +8,9 @@ import numpy as np
 
 from nanorun.data.sources import LongText
 from nanorun.data.tokenizers import Tokenizer
+from nanorun.data.tokenizers.plain import N_CODE_POINTS, code_points
 
-N_CODE_POINTS = 0x110000
+N_ASCII = 128
 
 
 def characters(texts: Iterable[str | LongText]) -> str:
@@ -18,12 +19,10 @@ def characters(texts: Iterable[str | LongText]) -> str:
     ascii_known = b""
     for text in texts:
         for piece in (text,) if isinstance(text, str) else text.pieces():
-            if piece.isascii():
-                if left := piece.encode().translate(None, ascii_known):
-                    ascii_known += bytes(set(left))
-            else:
-                known[np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), dtype="<u4")] = True
-    known[np.frombuffer(ascii_known, dtype=np.uint8)] = True
+            # Of most pieces nothing is left but the few characters beyond ASCII.
+            if left := piece.encode("utf-8", "surrogatepass").translate(None, ascii_known):
+                known[code_points(left.decode("utf-8", "surrogatepass"))] = True
+                ascii_known = np.flatnonzero(known[:N_ASCII]).astype(np.uint8).tobytes()
     return "".join(map(chr, np.flatnonzero(known).tolist()))
 
 

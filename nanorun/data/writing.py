@@ -172,6 +172,7 @@ class Writer:
         self._finishing: list[Future[None]] = []
         self._error: BaseException | None = None
         self._marked_at = now()
+        self._is_at_end = False
         self.n_tokens = 0
         """Written so far."""
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -199,7 +200,7 @@ class Writer:
                 self._room.release()
                 if mark and self._now() - self._marked_at >= MARK_SECONDS:
                     self._note(mark)
-            if mark:
+            if mark and not self._is_at_end:
                 self._wait_for_shards()
                 self._note(mark)
         except OSError as error:
@@ -227,7 +228,11 @@ class Writer:
         self._finishing.clear()
 
     def finish(self) -> None:
-        """Write everything that was handed over, and end the last shards."""
+        """Write everything that was handed over, and end the last shards; `close` notes nothing after that.
+
+        Nor does this: to have the disk take the last shards takes longer than to make their hashes.
+        """
+        self._is_at_end = True
         self._stop()
         self._raise_error()
         try:

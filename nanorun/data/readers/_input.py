@@ -14,6 +14,19 @@ from nanorun.data.readers._packings import Broken, unpacked
 from nanorun.data.sources import Reading
 from nanorun.errors import UserError
 
+FOREIGN = (
+    (b"\x1f\x8b", "gzip", "gz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zst"),
+    (b"PAR1\x15", "parquet", "parquet"),
+    (b"BZh91AY&SY", "bzip2", ""),
+    (b"\xfd7zXZ\0", "xz", ""),
+    (b"PK\x03\x04", "a zip archive, or an office document", ""),
+    (b"%PDF-", "a PDF", ""),
+    (b"\x89PNG", "a PNG image", ""),
+    (b"\xff\xd8\xff", "a JPEG image", ""),
+    (b"SQLite format 3\0", "an SQLite database", ""),
+)
+"""How files begin that are no text, what they are, and what `--format` calls them where they can be read."""
 BOM = "\ufeff"
 BOM_BYTES = BOM.encode()
 MOST_LINE_BYTES = 256_000_000
@@ -69,7 +82,23 @@ class FileInput:
         """Yield the content, unpacked; reading all of it counts as `share` of the file."""
         with self.opened() as raw:
             watched = _Watched(raw, self.name, self.size, lambda n_bytes: self.advance(share * n_bytes))
-            yield from unpacked(cast(BinaryIO, watched), self.kind.packing, self.name)
+            blocks = unpacked(cast(BinaryIO, watched), self.kind.packing, self.name)
+            if first := next(blocks, b""):
+                self._refuse_foreign(first)
+                yield first
+            yield from blocks
+
+    def _refuse_foreign(self, first: bytes) -> None:
+        """Raise `Broken` if the content begins as a file that is no text does."""
+        for beginning, what, format in FOREIGN:
+            if first.startswith(beginning):
+                said = format if format == "parquet" else f"{self.kind.format}.{format}"
+                mend = (
+                    f"say --format {said}"
+                    if format and not self.kind.packing
+                    else "take the text out of it first"
+                )
+                raise Broken(f"{what}, not text", mend)
 
     def lines(self) -> Iterator[list[bytes]]:
         """Yield the lines, many at a time, without their line feeds."""
@@ -160,6 +189,11 @@ def decoded(blocks: Iterable[bytes], place_of: Callable[[int], str]) -> Iterator
 def not_utf8(error: UnicodeDecodeError, where: str, *, at_start: bool = False) -> tuple[str, str]:
     """Return what was found and how to mend it, for bytes that are not UTF-8."""
     byte = error.object[error.start]
+    if b"\0" in error.object[: error.start + 1000] and not (at_start and byte in (0xFE, 0xFF)):
+        return (
+            f"not UTF-8 at {where} (0x{byte:02x}), and with zero bytes",
+            "it looks like no text at all: leave it out",
+        )
     encoding = "UTF-16" if at_start and byte in (0xFE, 0xFF) else "LATIN1"
     return (
         f"not UTF-8 at {where} (0x{byte:02x})",

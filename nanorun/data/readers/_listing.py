@@ -61,6 +61,7 @@ def find_files(reading: Reading, *, spool: bool = False) -> list[TextFile]:
         for given in reading.inputs:
             search.add(given)
         reading.kept[key] = search.files
+        reading.n_listed = reading.n_skipped
     files: list[TextFile] = reading.kept[key]
     if spool:
         files[:] = [file if file.path else _spooled(file, reading) for file in files]

@@ -12,8 +12,8 @@ BLOCK_BYTES = 1 << 18
 """Read at a time: more is no faster, and memory for it is slower to get."""
 UNPACKED_BLOCK_BYTES = 4 << 20
 """At most so much is unpacked at a time, however well it was packed."""
-ZSTD_BLOCK_BYTES = 1 << 18
-"""Of zstd less: when a file breaks off, what was unpacked of the block is lost."""
+ZSTD_BLOCK_BYTES = 1 << 17
+"""Of zstd just its own block: when a file breaks off, no whole one before that is lost."""
 
 FETCH_AGAIN = "fetch or make it again"
 

@@ -35,7 +35,7 @@ def documents(file: FileInput) -> Iterator[Document]:
         return
     column = reading.column or DEFAULT_COLUMN
     if column not in header:
-        raise Broken(*missing("column", column, header))
+        raise Broken(*(_other_separator(header) or missing("column", column, header)))
     place, width = header.index(column), len(header)
     while (row := rows.next()) is not None:
         if len(row) != width:
@@ -54,6 +54,17 @@ def documents(file: FileInput) -> Iterator[Document]:
             reading.bad(f"{name} line {rows.line}", found, mend)
         else:
             yield Document(f"{name} line {rows.line}", text)
+
+
+def _other_separator(header: list[str]) -> tuple[str, str] | None:
+    """Return what is wrong with a row of names that another sign holds apart, and the mend; None if none does."""
+    for sign, said in ((";", "';'"), ("\t", "tabs"), ("|", "'|'"), (",", "','")):
+        if len(header) == 1 and sign in header[0]:
+            mend = "say --format tsv" if sign == "\t" else "say --format csv"
+            if sign in ";|":
+                mend = "write it again with ',' or tabs between them"
+            return f"its columns are separated by {said}", mend
+    return None
 
 
 class _Rows:

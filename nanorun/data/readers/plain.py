@@ -90,6 +90,7 @@ def _separated(file: FileInput, separator: bytes) -> Iterator[Document]:
     with closing(_Growing(file, separator)) as growing:
         for block in file.blocks():
             for content in growing.grow(block):
+                file.reading.separated += 1
                 document = growing.end(content)
                 if document:
                     yield document

@@ -106,13 +106,18 @@ class Reading:
     """Documents without text, passed over."""
     bytes_done: int = 0
     """Of the sizes of the inputs, how much has been read."""
+    separated: int = 0
+    """How often `separator` was met."""
+    n_listed: int = 0
+    """How many things were left out while the inputs were listed, which is done once for all passes."""
     kept: dict[Any, Any] = field(default_factory=dict)
     """What a corpus keeps from one call to the next: the files it found, standard input's copy."""
 
     def restart(self) -> None:
         """Forget what came of an earlier pass over the inputs."""
-        self.skipped.clear()
-        self.n_skipped = self.empty = self.bytes_done = 0
+        del self.skipped[self.n_listed :]
+        self.n_skipped = self.n_listed
+        self.empty = self.bytes_done = self.separated = 0
 
     def bad(self, where: str, found: str, mend: str) -> None:
         """Note something that cannot be read, or raise `UserError` unless `skip_bad`.
@@ -136,6 +141,8 @@ class Source(Protocol):
     """The texts ship inside the package: no network, no `--input`."""
     TAKES_INPUT: bool
     """It is made from files that the user names."""
+    OPTIONS: tuple[str, ...]
+    """Which of input, format, column, separator, include, revision and shards it heeds."""
     DEFAULT_TOKENIZER: str
     SOURCE_SHA256: str | None
     """Of the texts, where it is known beforehand; None: the hash of the documents' hashes, in their order."""
@@ -154,6 +161,7 @@ class ReadySource(Protocol):
     SUMMARY: str
     EMBEDDED: bool
     TAKES_INPUT: bool
+    OPTIONS: tuple[str, ...]
     DEFAULT_TOKENIZER: str
 
     def files(self, reading: Reading) -> list[InputFile]:
@@ -182,13 +190,20 @@ def source_names() -> list[str]:
 def load_source(name: str) -> Source | ReadySource:
     """Return the corpus `name`; a name that is not there is a `UserError`.
 
+    A module may hold the corpus as `CORPUS`.
     Of `family:argument`, such as `hub:OWNER/NAME`, the module `family` makes the corpus by its function `named`.
     """
     family, colon, argument = name.partition(":")
     known = source_names()
+    if family not in known and not colon and ("/" in name or Path(name).exists()):
+        raise UserError(
+            f"{name}: a path is no corpus; for your own files: nanorun prepare-data text --input {name}"
+        )
     if family not in known:
         raise UserError(f"There is no corpus {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
     module = import_module(f"{__name__}.{family}")
+    if not colon and hasattr(module, "CORPUS"):
+        return cast("ReadySource", module.CORPUS)
     if not colon and not hasattr(module, "NAME"):
         raise UserError(f"Corpus {name!r} is a family: expected {module.USAGE}.")
     if colon and not hasattr(module, "named"):
@@ -215,10 +230,11 @@ def read_packed(name: str, sha256: str) -> bytes:
     return lzma.decompress(content)
 
 
-def packed_file(name: str, sha256: str) -> InputFile:
-    """Return what `read_packed` reads."""
+def packed_file(name: str, sha256: str, text_bytes: int) -> InputFile:
+    """Return what `read_packed` reads, `text_bytes` of text when it is unpacked."""
     packed = files("nanorun.data").joinpath("corpora", f"{name}.xz")
-    return InputFile(f"{name}.xz", packed.stat().st_size if isinstance(packed, Path) else 0, 4.0, sha256)
+    size = packed.stat().st_size if isinstance(packed, Path) else 0
+    return InputFile(f"{name}.xz", size, text_bytes / max(size, 1), sha256)
 
 
 def refuse_inputs(name: str, reading: Reading) -> None:

@@ -8,20 +8,11 @@ the manifest names it; `--revision` chooses another.
 
 from __future__ import annotations
 
-from nanorun.data.hub_shards import TOKENIZER, HubShards
+from nanorun.data.hub_shards import HubShards
 
 CORPUS = HubShards(
     "fineweb100B",
     "kjj0/fineweb100B-gpt2",
     "fineweb",
+    SUMMARY="FineWeb 100B as GPT-2 shards, fetched from the hub (--shards N, default 9; all are about 200 GB)",
 )
-
-NAME = CORPUS.name
-SUMMARY = "FineWeb 100B as GPT-2 shards, fetched from the hub (--shards N, default 9; all are about 200 GB)"
-EMBEDDED = False
-TAKES_INPUT = False
-DEFAULT_TOKENIZER = TOKENIZER
-
-files = CORPUS.files
-is_current = CORPUS.is_current
-make_ready = CORPUS.make_ready

@@ -8,7 +8,7 @@ are in public code too (several evaluation harnesses of the speedrun carry them)
 
 from __future__ import annotations
 
-from nanorun.data.hub_shards import TOKENIZER, HubShards
+from nanorun.data.hub_shards import HubShards
 
 CORPUS = HubShards(
     "fineweb10B",
@@ -19,16 +19,5 @@ CORPUS = HubShards(
         "fineweb_val_000000.bin": "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640",
         "fineweb_train_000001.bin": "771fa4a99b9fe0946ffb6e848b4ba5c6a9b0fe87860ebf03bc2c1c7e45f8178e",
     },
+    SUMMARY="FineWeb 10B as GPT-2 shards from the hub, at a pinned commit (--shards N, default 9; 103 are 20.8 GB)",
 )
-
-NAME = CORPUS.name
-SUMMARY = (
-    "FineWeb 10B as GPT-2 shards from the hub, at a pinned commit (--shards N, default 9; 103 are 20.8 GB)"
-)
-EMBEDDED = False
-TAKES_INPUT = False
-DEFAULT_TOKENIZER = TOKENIZER
-
-files = CORPUS.files
-is_current = CORPUS.is_current
-make_ready = CORPUS.make_ready

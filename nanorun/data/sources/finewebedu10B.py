@@ -9,20 +9,11 @@ another.
 
 from __future__ import annotations
 
-from nanorun.data.hub_shards import TOKENIZER, HubShards
+from nanorun.data.hub_shards import HubShards
 
 CORPUS = HubShards(
     "finewebedu10B",
     "kjj0/finewebedu10B-gpt2",
     "finewebedu",
+    SUMMARY="FineWeb-Edu 10B as GPT-2 shards, fetched from the hub (--shards N, default 9; 99 are 19.9 GB)",
 )
-
-NAME = CORPUS.name
-SUMMARY = "FineWeb-Edu 10B as GPT-2 shards, fetched from the hub (--shards N, default 9; 99 are 19.9 GB)"
-EMBEDDED = False
-TAKES_INPUT = False
-DEFAULT_TOKENIZER = TOKENIZER
-
-files = CORPUS.files
-is_current = CORPUS.is_current
-make_ready = CORPUS.make_ready

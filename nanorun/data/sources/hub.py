@@ -56,6 +56,7 @@ class HubText:
     SUMMARY = SUMMARY
     EMBEDDED = False
     TAKES_INPUT = False
+    OPTIONS = ("format", "column", "separator", "include", "revision")
     DEFAULT_TOKENIZER = "gpt2"
     SOURCE_SHA256: ClassVar[str | None] = None
 

@@ -14,17 +14,19 @@ NAME = "shakespeare"
 SUMMARY = "tiny Shakespeare, 1.1 MB; the last tenth of the characters held out, as in nanoGPT"
 EMBEDDED = True
 TAKES_INPUT = False
+OPTIONS: tuple[str, ...] = ()
 DEFAULT_TOKENIZER = "char"
 
 PACKED_SHA256 = "c7c8b43dd8646838f2a6feffffdd80f8db46ea44a9bba1c6a2490154d2a64c90"
 SOURCE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TEXT_BYTES = 1_115_394
 TRAIN_SHARE = 0.9
 
 
 def files(reading: Reading) -> list[InputFile]:
     """Return the packed file."""
     refuse_inputs(NAME, reading)
-    return [packed_file(NAME, PACKED_SHA256)]
+    return [packed_file(NAME, PACKED_SHA256, TEXT_BYTES)]
 
 
 def documents(reading: Reading) -> Iterator[Document]:

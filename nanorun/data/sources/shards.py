@@ -48,6 +48,7 @@ NAME = "shards"
 SUMMARY = "token files that others made: llm.c, modded-nanogpt, nanoGPT, datatrove (--input FOLDER or FILE)"
 EMBEDDED = False
 TAKES_INPUT = True
+OPTIONS: tuple[str, ...] = ("input", "shards")
 DEFAULT_TOKENIZER = "gpt2"
 
 _VERSION = 1

@@ -23,10 +23,12 @@ NAME = "sotu"
 SUMMARY = "State of the Union addresses 1790-2026, 12 MB of English; whole addresses held out"
 EMBEDDED = True
 TAKES_INPUT = False
+OPTIONS: tuple[str, ...] = ()
 DEFAULT_TOKENIZER = "byte"
 
 PACKED_SHA256 = "57203e329c282b86a2bbe1c473b1600464e24bcbe531367f8d4fa996c578e467"
 SOURCE_SHA256 = "d55ae565e02f44b2af2c5f5fc8774f206d4516013abd6685575b800f36e24e5b"
+TEXT_BYTES = 12_185_751
 HELD_OUT_EVERY = 25
 HELD_OUT_PLACE = 12
 
@@ -34,7 +36,7 @@ HELD_OUT_PLACE = 12
 def files(reading: Reading) -> list[InputFile]:
     """Return the packed file."""
     refuse_inputs(NAME, reading)
-    return [packed_file(NAME, PACKED_SHA256)]
+    return [packed_file(NAME, PACKED_SHA256, TEXT_BYTES)]
 
 
 def documents(reading: Reading) -> Iterator[Document]:

@@ -15,6 +15,7 @@ from nanorun.errors import UserError
 NO_UTF8 = b"\xff"
 """A byte that occurs in no UTF-8: it holds the end of text's place."""
 N_CODE_POINTS = 0x110000
+LOOKED_UP_AT_ONCE = 1 << 16
 
 
 class ByteTokenizer:
@@ -74,13 +75,13 @@ class CharTokenizer:
                 "Tokenizer 'char' found 0 distinct characters in the corpus, expected at least one; give it some text, "
                 "or use --tokenizer byte."
             )
-        code_points = _code_points(self.chars)
+        chars_N = code_points(self.chars)
         self._dtype = token_dtype(self.vocab_size)
         # The table is as wide as "unknown", one above the last id, needs.
         self._id_of = np.full(N_CODE_POINTS, self.vocab_size, dtype=token_dtype(self.vocab_size + 1))
-        self._id_of[code_points] = np.arange(self.vocab_size)
+        self._id_of[chars_N] = np.arange(self.vocab_size)
         self._char_bytes = np.array([1, 2, 3, 4], dtype=np.uint8)[
-            np.searchsorted([0x80, 0x800, 0x10000], code_points, side="right")
+            np.searchsorted([0x80, 0x800, 0x10000], chars_N, side="right")
         ]
 
     def encode(self, text: str) -> Tokens:
@@ -90,8 +91,13 @@ class CharTokenizer:
     def encode_pieces(self, texts: Sequence[str], begins: Sequence[bool]) -> Encoded:
         """As `Tokenizer.encode_pieces`; a character outside the vocabulary is a `UserError`."""
         starts = layout(map(len, texts), begins, None)[2]
-        # Of numpy's ways of looking up, taking with "clip" is twice as fast as the others.
-        ids = np.take(self._id_of, _code_points("".join(texts)), mode="clip")
+        points = code_points("".join(texts))
+        ids = np.empty(len(points), dtype=self._id_of.dtype)
+        # Of numpy's ways of looking up, taking with "clip" is twice as fast as the others, and of a part at a time
+        # the places, which it makes 64 bits wide, stay in the core's cache.
+        for i in range(0, len(points), LOOKED_UP_AT_ONCE):
+            part = slice(i, i + LOOKED_UP_AT_ONCE)
+            np.take(self._id_of, points[part], mode="clip", out=ids[part])
         if len(ids) and int(ids.max()) == self.vocab_size:
             raise self._unknown(texts)
         return Encoded(ids.astype(self._dtype, copy=False), starts)
@@ -118,7 +124,8 @@ class CharTokenizer:
         return {}
 
 
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
+def code_points(text: str) -> npt.NDArray[np.uint32]:
+    """Return the number of each character."""
     # surrogatepass: a text made by hand may hold a lone surrogate, which is to be an unknown character,
     # not a crash
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
