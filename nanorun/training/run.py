@@ -50,15 +50,14 @@ def train_seeds(
     configs = [read(track, preset, settings, seed=first + k) for k in range(n_seeds)]
     results: list[dict[str, Any]] = []
     try:
-        for config in configs:
-            results.append(train(config, track, Options(**options), console))
+        with distributed.taking_part():
+            for config in configs:
+                results.append(train(config, track, Options(**options), console))
         return results
     except Stopped as stopped:
         left = n_seeds - len(results) - 1
         more = f"; then the {left} seeds left, from --seed {first + len(results) + 1} on" if left else ""
         raise Stopped(f"{stopped}{more}") from None
-    finally:
-        distributed.leave()
 
 
 def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
@@ -108,7 +107,5 @@ def resume_run(folder: Path, console: Console, anew: Mapping[str, Any] | None = 
         ) from None
     if anew:
         write_options(folder, options)
-    try:
+    with distributed.taking_part():
         return train(config, load_track(config.track), options, console, resume=folder)
-    finally:
-        distributed.leave()

@@ -105,17 +105,20 @@ class Stepper:
         with self.autocast:
             loss_sum, _ = self.forward(idx_BT, targets_BT)
         (loss_sum / self.config.train.batch_tokens).backward()
+        self.ranks.works()
         return loss_sum.detach()
 
     def step(self, step: int, scale: float, *, stop_vote: bool = False) -> StepResult:
         """Train on step `step` with learning rates scaled by `scale`."""
         if self.config.model.dropout:
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + self.ranks.rank)
+        self.ranks.moved(step + 1)
         loss_sum = torch.zeros((), device=self.device)
         spans = self._spans(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
         for span, then in zip_longest(spans, [*spans[1:], *after]):
             loss_sum += self.backward(*self.feed.take(span, then))
+        self.ranks.moved()
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
         self.ranks.sum_(shared)
         self.ranks.sum_gradients(self.working.parameters())

@@ -51,6 +51,7 @@ def train(
     if not ranks.leads:
         console = Console(quiet=True)
     clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
+    distributed.tell_phase(lambda: clock.reason)
     with clock.paused("setup"):
         saved = read_saved(resume, console)
         run = set_up(config, track, options, console, clock, device, ranks, resume)
