@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import time
@@ -207,11 +208,11 @@ def taking_part() -> Iterator[None]:
         _stop_torchrun()
         raise
     except BaseException as error:
-        lost = (
-            _watch.lost()
-            if _watch and type(error) is not RunFailed and isinstance(error, RuntimeError)
-            else ""
-        )
+        lost = ""
+        if _watch is not None and isinstance(error, RuntimeError) and not isinstance(error, RunFailed):
+            # torchrun, which has seen it too, ends this rank by SIGTERM: first it says whose end it was.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            lost = _watch.lost()
         leave(LOST if lost else f"{type(error).__name__}: {_reason(error)}")
         if lost:
             raise RunFailed(f"{lost} (seen from rank {os.environ['RANK']}: {_reason(error)})") from None
@@ -245,7 +246,9 @@ def _stop_torchrun() -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """Return an error in one sentence; gloo's begin with a place in its source and end with advice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0][:300]
 
 
 def pick_device(name: str) -> torch.device:

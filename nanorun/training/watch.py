@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+import psutil
+
 from nanorun.errors import UserError
 
 HANG_SECONDS = 120.0
@@ -103,16 +105,28 @@ class Sightings:
         since = max((self._moved[rank] for rank in slowest), default=now)
         if now - since < limit:
             return "", []
+        if any(rank in self._silent(GONE_SECONDS) for rank in slowest):
+            return self._told_silent(slowest, now), slowest
         where = _place(self.beats[slowest[0]]) if slowest else ""
         others = "" if len(slowest) == len(working) else ", and the others wait for it"
         return f"{self._names(slowest)} has not moved since {where}, {now - since:.0f} s ago{others}", slowest
 
-    def lost(self, now: float) -> str:
-        """Return which ranks are gone, a collective having failed; empty while all are there."""
+    def lost(self, now: float, gone: Sequence[int] = ()) -> str:
+        """Return which ranks are gone, a collective having failed; empty while all are there.
+
+        `gone` are those of this host that have no process any more.
+        """
+        if self._failed():
+            return self._told_failed(self._failed())
+        killed = [rank for rank in gone if not self.beats[rank].ending]
+        if killed:
+            return (
+                f"{self._names(killed)} is gone, last seen at {_place(self.beats[killed[0]])}: it was killed"
+            )
         if now - self.answered >= GONE_SECONDS:
             return self._unanswered(now)
         silent = self._silent(GONE_SECONDS)
-        return self._told_silent(silent, now) if silent else self._told_failed(self._failed())
+        return self._told_silent(silent, now) if silent else ""
 
     def _silent(self, limit: float) -> list[int]:
         # Counted up to the store's last answer: while that is silent, everyone seems to be.
@@ -133,8 +147,6 @@ class Sightings:
         )
 
     def _told_failed(self, ranks: list[int]) -> str:
-        if not ranks:
-            return ""
         return f"{self._names(ranks)} failed: {self.beats[ranks[0]].ending}"
 
     def _unanswered(self, now: float) -> str:
@@ -188,13 +200,16 @@ class Watch:
 
     def lost(self) -> str:
         """Return which ranks are gone, a collective having failed; empty if they all still work."""
-        last = time.monotonic() + GONE_SECONDS + 2 * BEAT_SECONDS
-        while time.monotonic() < last:
+        began = now = time.monotonic()
+        while now < began + GONE_SECONDS + 2 * BEAT_SECONDS:
+            time.sleep(BEAT_SECONDS / 4)
+            now = time.monotonic()
             with self._lock:
-                found = self._sightings.lost(time.monotonic())
+                # Whoever failed has had a beat's time to say so.
+                gone = [] if now < began + 1.5 * BEAT_SECONDS else self._gone_from_here()
+                found = self._sightings.lost(now, gone)
             if found:
                 return found
-            time.sleep(BEAT_SECONDS / 4)
         return ""
 
     def end(self, ending: str) -> None:
@@ -210,6 +225,10 @@ class Watch:
                 last = time.monotonic() + PARTING_SECONDS
                 while ending == DONE and time.monotonic() < last and not all(b.ending for b in self._read()):
                     time.sleep(0.02)
+
+    def _gone_from_here(self) -> list[int]:
+        beats = enumerate(self._sightings.beats)
+        return [rank for rank, beat in beats if beat.host == self._host and not psutil.pid_exists(beat.pid)]
 
     def _tell(self) -> None:
         self._number += 1
