@@ -233,16 +233,15 @@ def leave(ending: str = DONE) -> None:
 def _stop_torchrun() -> None:
     """Ask the torchrun that started this rank to end, once a run has stopped because it was asked to.
 
-    It takes exit code 75 for a failure and would start the ranks again while it has restarts left.
+    It takes exit code 75 for a failure like others, and would start the ranks again while it has restarts left.
     """
-    restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    )
-    if restarts_left:
-        # It passes the signal on to its ranks, which are about to say how to go on.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if os.environ.get("LOCAL_RANK") == "0":
-            os.kill(os.getppid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    # It passes the signal on to its ranks, which are about to say how to go on.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    restarts, allowed = (int(os.environ[f"TORCHELASTIC_{key}"]) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if os.environ["LOCAL_RANK"] == "0" and restarts < allowed:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _reason(error: BaseException) -> str:

@@ -109,7 +109,10 @@ class Sightings:
             return self._told_silent(slowest, now), slowest
         where = _place(self.beats[slowest[0]]) if slowest else ""
         others = "" if len(slowest) == len(working) else ", and the others wait for it"
-        return f"{self._names(slowest)} has not moved since {where}, {now - since:.0f} s ago{others}", slowest
+        return (
+            f"{self._have(slowest)} not moved since {where}, {now - since:.0f} s ago{others}",
+            slowest,
+        )
 
     def lost(self, now: float, gone: Sequence[int] = ()) -> str:
         """Return which ranks are gone, a collective having failed; empty while all are there.
@@ -120,9 +123,7 @@ class Sightings:
             return self._told_failed(self._failed())
         killed = [rank for rank in gone if not self.beats[rank].ending]
         if killed:
-            return (
-                f"{self._names(killed)} is gone, last seen at {_place(self.beats[killed[0]])}: it was killed"
-            )
+            return f"{self._have(killed)} been killed, last seen at {_place(self.beats[killed[0]])}"
         if now - self.answered >= GONE_SECONDS:
             return self._unanswered(now)
         silent = self._silent(GONE_SECONDS)
@@ -142,8 +143,8 @@ class Sightings:
     def _told_silent(self, ranks: list[int], now: float) -> str:
         seconds = now - max(self._heard[rank] for rank in ranks)
         return (
-            f"{self._names(ranks)} has not been heard of for {seconds:.0f} s, last at {_place(self.beats[ranks[0]])}: "
-            "it was killed or is stopped, or its host can't be reached"
+            f"{self._have(ranks)} not been heard of for {seconds:.0f} s, last at {_place(self.beats[ranks[0]])}: "
+            "killed, stopped, or on a host that can't be reached"
         )
 
     def _told_failed(self, ranks: list[int]) -> str:
@@ -152,8 +153,11 @@ class Sightings:
     def _unanswered(self, now: float) -> str:
         return (
             f"{self._names([0])}, or the launcher beside it that keeps the ranks' store, has not answered for "
-            f"{now - self.answered:.0f} s: it was killed or is stopped, or its host can't be reached"
+            f"{now - self.answered:.0f} s: killed, stopped, or on a host that can't be reached"
         )
+
+    def _have(self, ranks: list[int]) -> str:
+        return f"{self._names(ranks)} {'has' if len(ranks) == 1 else 'have'}"
 
     def _names(self, ranks: list[int]) -> str:
         shown = [f"rank {rank} ({self.beats[rank].host}, pid {self.beats[rank].pid})" for rank in ranks[:8]]
