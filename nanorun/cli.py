@@ -171,9 +171,32 @@ def train(
         Path | None,
         typer.Option(
             help="A run's folder: go on from its newest checkpoint, with the config and options it had; "
-            "--data, --records, --device, --wandb, --record and --require-target may be given anew."
+            "--data, --records, --device, --wandb, --record, --require-target, --skip-bad-steps and --allow-inexact "
+            "may be given anew."
         ),
     ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the run's folder under --runs. The same command again takes the run up where it was, and "
+            "of a finished one says the result: for jobs that are requeued."
+        ),
+    ] = None,
+    skip_bad_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Leave out the updates of so many steps whose loss or gradient is not finite before the run fails; "
+            "the record says how many.",
+        ),
+    ] = 0,
+    allow_inexact: Annotated[
+        bool,
+        typer.Option(
+            "--allow-inexact",
+            help="Take a run up on another machine, torch or number of ranks: other bits, and the record says so.",
+        ),
+    ] = False,
     runs: Annotated[Path, typer.Option(help="Folder of runs.")] = Path("runs"),
     data: DataDir = Path("data"),
     records: RecordsDir = Path("records"),
@@ -201,7 +224,12 @@ def train(
         "device": device,
         "wandb": wandb,
     }
-    behaviour = {"record": record, "stop_at_target": stop_at_target, "require_target": require_target}
+    behaviour: dict[str, Any] = {
+        "record": record,
+        "stop_at_target": stop_at_target,
+        "require_target": require_target,
+    }
+    behaviour |= {"skip_bad_steps": skip_bad_steps, "allow_inexact": allow_inexact, "run": run or ""}
     options = {**places, **behaviour}
     flags = {"train.compile": compile, "train.checkpoint_activations": checkpoint_activations}
     changes = [*(settings or []), *(f"{key}={value}" for key, value in flags.items() if value)]
@@ -217,10 +245,22 @@ def train(
     _print_json(results[0] if seeds == 1 else {"runs": results}, as_json)
 
 
+MAY_CHANGE_ON_RESUME = {
+    "data",
+    "records",
+    "device",
+    "wandb",
+    "record",
+    "require_target",
+    "skip_bad_steps",
+    "allow_inexact",
+}
+
+
 def _given_anew(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options written beside --resume; refuse those that the run cannot change any more."""
     given = {key for key in context.params if _is_given(context, key)} - {"resume", "as_json"}
-    fixed = sorted(given - {"data", "records", "device", "wandb", "record", "require_target"})
+    fixed = sorted(given - MAY_CHANGE_ON_RESUME)
     if fixed:
         flag = {"settings": "set"}.get(fixed[0], fixed[0].replace("_", "-"))
         raise UserError(

@@ -27,7 +27,7 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: no such run (no config.toml there); runs lie under ./runs, one folder each")
     config = make_config(read_toml(run / "config.toml"), where=str(run / "config.toml"))
-    saved, _ = checkpoint.load_newest(run / "checkpoints")
+    saved, _ = checkpoint.newest_of(run)
     tokenizer = tokenizer_from_manifest(saved.state["tokenizer"], _tokenizer_folder(run, config))
     model = GPT(config.model, tokenizer.vocab_size)
     model.load_state_dict(saved.evaluation)

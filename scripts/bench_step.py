@@ -28,6 +28,7 @@ from nanorun.training import distributed, setup
 from nanorun.training.clock import TrainingClock
 from nanorun.training.machine import hardware
 from nanorun.training.setup import Options, Run
+from nanorun.training.taking_up import Begun
 
 
 def make_run(track_name: str, optim: str, settings: list[str], data: Path, folder: str) -> Run:
@@ -35,7 +36,7 @@ def make_run(track_name: str, optim: str, settings: list[str], data: Path, folde
     config = resolve(track, optim, settings)
     device, ranks = distributed.pick_device("auto"), distributed.Ranks()
     options = Options(runs=Path(folder), data=data)
-    run = setup.set_up(config, track, options, Console(quiet=True), TrainingClock(), device, ranks, None)
+    run = setup.set_up(config, track, options, Console(quiet=True), TrainingClock(), device, ranks, Begun())
     run.stepper.warm_up()
     return run
 

@@ -177,6 +177,13 @@ def test_a_run_made_for_another_target_is_judged_by_the_tracks():
     assert any("made for the target 1.6" in note for note in table.notes)
 
 
+def test_what_a_run_left_out_or_did_otherwise_is_noted_under_its_row():
+    table = build_table(SOTU, seeds(skipped_steps=2, inexact="after step 3: hardware A then, B now"))
+    assert "muon: 6 steps not finite, whose updates were left out" in table.notes
+    assert any("3 runs taken up again elsewhere than begun, with other bits" in note for note in table.notes)
+    assert not any("finite" in note or "bits" in note for note in build_table(SOTU, seeds()).notes)
+
+
 def test_runs_that_could_stop_at_the_target_show_their_crossing_and_nothing_else():
     table = build_table(SOTU, seeds(stop_at_target=True))
     (row,) = table.rows

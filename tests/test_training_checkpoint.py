@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, and believed only when every byte is the one saved."""
 
+import dataclasses
 import json
 import resource
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from nanorun.errors import UserError
 from nanorun.training import checkpoint
 
+RUN = "run"
 FILES = ("model.safetensors", "optimizer.pt", "state.json", "manifest.json")
 
 
@@ -23,15 +26,34 @@ class Weights(torch.nn.Module):
 
 
 def saved(folder, step, keep=10, fill=0.5):
+    return checkpoint.write(folder, snapshot(step, fill), run=RUN, keep=keep)
+
+
+def snapshot(step, fill=0.5):
     optimizer = {"names": ["muon"], "optimizers": [{"state": {0: {"exp_avg": torch.full((3,), fill)}}}]}
-    return checkpoint.save(
-        folder,
-        step,
-        model=Weights(fill),
-        optimizer=optimizer,
-        state={"step": step, "clock": {"train": 1.5}},
-        keep=keep,
+    return checkpoint.Snapshot.of(
+        step, model=Weights(fill), optimizer=optimizer, state={"step": step, "clock": {"train": 1.5}}
     )
+
+
+def load(path):
+    return checkpoint.load(path, run=RUN)
+
+
+def load_newest(folder):
+    return checkpoint.load_newest(folder, run=RUN)
+
+
+def sign(path, change=lambda files: None):
+    """Write the manifest that fits the files as they are now, after `change` had its way with its list."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": checkpoint.sha256_of(file)}
+        for file in path.iterdir()
+        if file.name != "manifest.json"
+    }
+    change(files)
+    step = int(path.name.rpartition("-")[2])
+    (path / "manifest.json").write_text(checkpoint.manifest_text(RUN, step, files))
 
 
 def names(folder):
@@ -45,7 +67,7 @@ def bytes_of(folder):
 def test_what_was_saved_comes_back(tmp_path):
     path = saved(tmp_path / "deep" / "checkpoints", 12)
     assert names(path) == sorted(FILES)
-    found, passed_over = checkpoint.load_newest(path.parent)
+    found, passed_over = load_newest(path.parent)
     assert passed_over == []
     assert found.path == path
     assert found.state == {"step": 12, "clock": {"train": 1.5}}
@@ -88,7 +110,7 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, name, damage):
     path = saved(tmp_path, 3)
     damage(path / name)
     with pytest.raises(UserError, match=f"step-00000003: {name} is missing or not what was saved"):
-        checkpoint.load(path)
+        load(path)
 
 
 @pytest.mark.parametrize("damage", [cut, emptied, removed])
@@ -96,34 +118,33 @@ def test_a_damaged_manifest_is_refused_by_its_name(tmp_path, damage):
     path = saved(tmp_path, 3)
     damage(path / "manifest.json")
     with pytest.raises(UserError, match=r"step-00000003: its manifest\.json is missing or broken"):
-        checkpoint.load(path)
+        load(path)
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "3", "null", '{"format_version": 1}', '{"format_version": 1, "sha256": 7}']
+    "content",
+    ["[]", "3", "null", '{"format_version": 2}', '{"format_version": 2, "files": 7}', "[" * 100_000],
 )
 def test_a_manifest_of_another_shape_is_broken(tmp_path, content):
     path = saved(tmp_path, 3)
     (path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json is missing or broken"):
-        checkpoint.load(path)
+        load(path)
 
 
 def test_a_manifest_that_forgets_a_file_does_not_vouch_for_it(tmp_path):
     path = saved(tmp_path, 3)
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["sha256"]["optimizer.pt"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"optimizer\.pt is missing or not what was saved"):
-        checkpoint.load(path)
+    sign(path, lambda files: files.pop("optimizer.pt"))
+    with pytest.raises(UserError, match=r"manifest\.json lists model\.safetensors, state\.json; wanted"):
+        load(path)
 
 
 def test_another_format_is_named_with_the_one_that_is_read(tmp_path):
     path = saved(tmp_path, 3)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(UserError, match="format 2, and this nanorun reads 1"):
-        checkpoint.load(path)
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
+    with pytest.raises(UserError, match="format 3, and this nanorun reads 2"):
+        load(path)
 
 
 def test_the_newest_that_verifies_is_taken_and_those_passed_over_are_named(tmp_path):
@@ -131,7 +152,7 @@ def test_the_newest_that_verifies_is_taken_and_those_passed_over_are_named(tmp_p
         saved(tmp_path, step)
     flipped(tmp_path / "step-00000020" / "model.safetensors")
     removed(tmp_path / "step-00000015" / "manifest.json")
-    found, passed_over = checkpoint.load_newest(tmp_path)
+    found, passed_over = load_newest(tmp_path)
     assert found.state["step"] == 10
     assert len(passed_over) == 2
     assert "step-00000020: model.safetensors" in passed_over[0]
@@ -142,12 +163,12 @@ def test_where_none_verifies_each_is_named(tmp_path):
     for step in (5, 10):
         cut(saved(tmp_path, step) / "state.json")
     with pytest.raises(UserError, match=r"no checkpoint verifies: .*step-00000010.*; .*step-00000005"):
-        checkpoint.load_newest(tmp_path)
+        load_newest(tmp_path)
 
 
 def test_where_there_is_none_the_message_says_when_one_is_saved(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint here; .*checkpoint\.every_steps"):
-        checkpoint.load_newest(tmp_path / "checkpoints")
+        load_newest(tmp_path / "checkpoints")
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -159,7 +180,7 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_saving_a_step_again_replaces_it(tmp_path):
     saved(tmp_path, 5, fill=0.5)
     saved(tmp_path, 5, fill=2.0)
-    assert checkpoint.load_newest(tmp_path)[0].model["a"].unique().tolist() == [2.0]
+    assert load_newest(tmp_path)[0].model["a"].unique().tolist() == [2.0]
 
 
 def test_what_a_killed_save_left_is_never_read_and_goes_with_the_next(tmp_path):
@@ -167,7 +188,7 @@ def test_what_a_killed_save_left_is_never_read_and_goes_with_the_next(tmp_path):
     killed = tmp_path / ".step-00000010.partial"
     killed.mkdir()
     (killed / "model.safetensors").write_bytes(b"half")
-    assert checkpoint.load_newest(tmp_path)[0].state["step"] == 5
+    assert load_newest(tmp_path)[0].state["step"] == 5
     saved(tmp_path, 10)
     assert names(tmp_path) == ["step-00000005", "step-00000010"]
 
@@ -193,17 +214,91 @@ def test_a_disk_that_fills_leaves_earlier_checkpoints_whole_and_nothing_half_wri
     # The model takes 8 KiB: the first case stops in the weights, the second in the optimizer's state.
     before = bytes_of(saved(tmp_path, 5))
     refused = r"step-00000010: the checkpoint could not be written .* untouched\. Free"
+    large = dataclasses.replace(snapshot(10), optimizer={"exp_avg": torch.zeros(optimizer_numbers)})
     with pytest.raises(UserError, match=refused), disk_of(100_000 if optimizer_numbers else 4096):
-        checkpoint.save(
-            tmp_path,
-            10,
-            model=Weights(),
-            optimizer={"exp_avg": torch.zeros(optimizer_numbers)},
-            state={},
-            keep=1,
-        )
+        checkpoint.write(tmp_path, large, run=RUN, keep=1)
     assert names(tmp_path) == ["step-00000005"]
     assert bytes_of(tmp_path / "step-00000005") == before
+
+
+def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path):
+    manifest = saved(tmp_path, 3) / "manifest.json"
+    whole = manifest.read_bytes()
+    for index, byte in enumerate(whole):
+        for flip in (1, 4, 1 << index % 8):
+            manifest.write_bytes(whole[:index] + bytes([byte ^ flip]) + whole[index + 1 :])
+            with pytest.raises(UserError, match="step-00000003"):
+                load(manifest.parent)
+
+
+def test_a_file_of_another_checkpoint_is_refused_by_its_name(tmp_path):
+    one, other = saved(tmp_path, 3, fill=0.5), saved(tmp_path, 6, fill=0.25)
+    for name in FILES[:3]:
+        kept = (one / name).read_bytes()
+        (one / name).write_bytes((other / name).read_bytes())
+        with pytest.raises(UserError, match=f"{name} is missing or not what was saved"):
+            load(one)
+        (one / name).write_bytes(kept)
+    assert load(one).state["step"] == 3
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(tmp_path):
+    saved(tmp_path, 3).rename(tmp_path / "step-00000009")
+    with pytest.raises(UserError, match="it was saved after step 3, so its name is wrong"):
+        load_newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = saved(tmp_path, 3)
+    with pytest.raises(UserError, match=r"step-00000003: it belongs to a run with another config\.toml"):
+        checkpoint.load(path, run="another")
+
+
+def test_what_is_saved_beside_the_steps_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *w, **o: (go_on.wait(10), write(*w, **o))[1])
+    model, exp_avg = Weights(0.5), torch.full((3,), 0.5)
+    saver = checkpoint.Saver(tmp_path, run=RUN, keep=2)
+    saver.begin(checkpoint.Snapshot.of(4, model=model, optimizer={"exp_avg": [exp_avg]}, state={"step": 4}))
+    with torch.no_grad():
+        model.a.fill_(7.0)
+        exp_avg.fill_(7.0)
+    assert checkpoint.checkpoints(tmp_path) == []
+    go_on.set()
+    saver.wait()
+    found, _ = load_newest(tmp_path)
+    assert found.model["a"].unique().tolist() == found.optimizer["exp_avg"][0].unique().tolist() == [0.5]
+
+
+def test_a_write_that_failed_beside_the_steps_is_told_once_at_the_next_wait(tmp_path):
+    saver = checkpoint.Saver(tmp_path / "there", run=RUN, keep=2)
+    (tmp_path / "there").write_text("a file where the folder should be")
+    saver.begin(snapshot(4))
+    with pytest.raises(UserError, match="step-00000004: the checkpoint could not be written"):
+        saver.wait()
+    saver.wait()
+    (tmp_path / "there").unlink()
+    saver.begin(snapshot(8))
+    saver.wait()
+    assert names(tmp_path / "there") == ["step-00000008"]
+
+
+def test_what_a_killed_run_left_is_cleared_and_whole_ones_stay(tmp_path):
+    saved(tmp_path, 5)
+    for left in (".step-00000010.partial", ".step-00000001.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    checkpoint.Saver(tmp_path, run=RUN, keep=2).clear()
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_one_to_look_at_is_neither_resumed_from_nor_dropped(tmp_path):
+    checkpoint.write(tmp_path, snapshot(3), run=RUN, keep=1, name="bad-step-00000003")
+    for step in (5, 10):
+        saved(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["bad-step-00000003", "step-00000010"]
+    assert checkpoint.load(tmp_path / "bad-step-00000003", run=RUN).state["step"] == 3
 
 
 def test_an_optimizer_file_that_would_run_code_is_not_unpickled(tmp_path):
@@ -215,9 +310,7 @@ def test_an_optimizer_file_that_would_run_code_is_not_unpickled(tmp_path):
             return (ran.write_text, ("yes",))
 
     torch.save({"x": Payload()}, path / "optimizer.pt")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"]["optimizer.pt"] = checkpoint.sha256_of(path / "optimizer.pt")
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    sign(path)
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load(path)
+        load(path)
     assert not ran.exists()

@@ -65,7 +65,7 @@ def metrics(folder):
     return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_run_stopped_in_any_step_ends_as_one_never_stopped(train, stop_in_step, number, step):
     every_two = ("validation.from_step=0", "validation.every_steps=2", "model.dropout=0.1")
@@ -93,7 +93,7 @@ def test_the_clock_of_a_resumed_run_holds_both_parts(train, stop_in_step):
     stop_in_step(3)
     with pytest.raises(Stopped):
         train()
-    before = checkpoint.load_newest(only_run() / "checkpoints")[0].state["clock"]
+    before = checkpoint.newest_of(only_run())[0].state["clock"]
     after = resume_run(only_run(), QUIET)["clock"]
     assert after["train_seconds"] > before["train"] > 0
     assert after["setup_seconds"] > before["setup"] > 0
@@ -162,10 +162,15 @@ def test_a_run_resumed_on_another_machine_is_a_row_of_its_own(train, stop_in_ste
     with pytest.raises(Stopped):
         train()
     monkeypatch.setattr(machine, "cpu_name", lambda: "Other CPU")
-    resume_run(only_run(), QUIET)
+    with pytest.raises(
+        UserError, match=r"the bits would differ .*\(hardware .* then, Other.* --allow-inexact"
+    ):
+        resume_run(only_run(), QUIET)
+    resume_run(only_run(), QUIET, {"allow_inexact": True})
     (record,) = read_records(Path("records"))[0]
     assert record.hardware.label.partition(" then ")[2].startswith("Other")
     assert record.hardware.label.partition(" then ")[0] == record.hardware.earlier != ""
+    assert record.inexact.startswith("after step 2: hardware ")
 
 
 def test_a_record_names_the_code_that_the_run_began_with(train, stop_in_step, monkeypatch):
@@ -232,8 +237,59 @@ def test_a_step_that_is_not_finite_is_named_with_its_rows_and_leaves_nothing_tha
         train(seed=7)
     assert not Path("records").exists()
     assert not (only_run() / "result.json").exists()
+    folder = only_run() / f"bad-step-{step:08d}"
+    kept = checkpoint.load(folder, run=checkpoint.identity(only_run()))
+    assert (kept.state["bad_step"], kept.state["rows"]) == (step, [8 * step - 8, 8 * step - 1])
+    assert all(weights.isfinite().all() for weights in kept.model.values())
     assert not list(only_run().glob("checkpoints/*"))
     assert len(metrics(only_run())) == step - 1
+
+
+@pytest.mark.parametrize("optim", ["muon", "adam", "soap", "schedulefree_adamw"])
+def test_bad_steps_that_are_allowed_leave_the_weights_alone_and_the_record_says_how_many(
+    train, monkeypatch, optim
+):
+    seen = []
+    real = Stepper.update
+
+    def update(self, loss, scale, stop_votes):
+        before = [p.detach().clone() for p in self.model.parameters()]
+        result = real(self, loss, scale, stop_votes)
+        same = all(torch.equal(a, b) for a, b in zip(before, self.model.parameters(), strict=True))
+        seen.append((bool(result.bad), same))
+        return result
+
+    monkeypatch.setattr(Stepper, "update", update)
+    poison(monkeypatch, 3)
+    out = io.StringIO()
+    settings = [] if optim == "muon" else [f"optim.default.name={optim}", "optim.default.lr=0.01"]
+    preset = "muon" if optim == "muon" else "adamw"
+    result = train(*settings, preset=preset, skip_bad_steps=1, console=Console(file=out, width=400))
+    assert seen[-6:] == [(step == 3, step == 3) for step in range(1, 7)]
+    assert "step 3 was not finite, and its update left out (1 of 1 allowed)" in out.getvalue()
+    (record,) = read_records(Path("records"))[0]
+    assert record.skipped_steps == 1
+    assert [row["step"] for row in metrics(result["run"]) if row.get("skipped")] == [3]
+
+
+def test_one_bad_step_more_than_allowed_fails_the_run(train, monkeypatch):
+    real = Stepper.backward
+    monkeypatch.setattr(Stepper, "backward", lambda self, *rows: real(self, *rows) * float("nan"))
+    with pytest.raises(RunFailed, match="not finite at step 3 of 6 after 2 others were left out"):
+        train(skip_bad_steps=2)
+
+
+def test_a_resumed_run_remembers_how_many_steps_it_left_out(train, stop_in_step, monkeypatch):
+    poison(monkeypatch, 2)
+    stop_in_step(3)
+    with pytest.raises(Stopped):
+        train(skip_bad_steps=1)
+    poison(monkeypatch, 5)
+    with pytest.raises(RunFailed, match="not finite at step 5 of 6 after 1 others were left out"):
+        resume_run(only_run(), QUIET)
+    resume_run(only_run(), QUIET, {"skip_bad_steps": 2})
+    (record,) = read_records(Path("records"))[0]
+    assert record.skipped_steps == 2
 
 
 def test_a_learning_rate_far_too_large_fails_the_run_before_it_counts(train):
@@ -249,6 +305,7 @@ def test_a_validation_that_is_not_finite_never_counts_as_reached(train, monkeypa
     with pytest.raises(RunFailed, match=f"validation loss after step 6 is {value}"):
         train()
     assert not Path("records").exists()
+    assert (only_run() / "bad-validation-00000006" / "manifest.json").is_file()
 
 
 def read_as(monkeypatch, *values):
@@ -433,15 +490,111 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_to_resume(train
 
     def filling(handle):
         calls.append(handle)
-        if len(calls) > 6:  # five for the first checkpoint
+        if len(calls) > 9:  # seven for the first checkpoint
             raise OSError(28, "No space left on device")
         real(handle)
 
     whole = train()
     monkeypatch.setattr(os, "fsync", filling)
-    with pytest.raises(UserError, match=r"No space left on device.*earlier ones are untouched"):
-        train("checkpoint.every_steps=2")
+    out = io.StringIO()
+    with pytest.raises(
+        UserError, match=r"step-00000006: .*No space left on device.*earlier ones are untouched"
+    ):
+        train("checkpoint.every_steps=2", console=Console(file=out, width=400))
+    # The run goes on without the checkpoint in the middle, and ends where it cannot save its last.
+    assert "step-00000004: the checkpoint could not be written" in out.getvalue()
     monkeypatch.setattr(os, "fsync", real)
     folder = max(Path("runs").iterdir(), key=lambda path: (len(path.name), path.name))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert resume_run(folder, QUIET)["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+NAMED = {"run": "mine"}
+
+
+def test_the_same_command_takes_a_named_run_up_again_and_then_says_its_result(train, stop_in_step):
+    whole = train()
+    stop_in_step(3)
+    with pytest.raises(Stopped, match=r"nanorun train --resume runs/mine$"):
+        train(**NAMED)
+    resumed = train(**NAMED)
+    assert resumed["run"] == "runs/mine"
+    assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
+    out = io.StringIO()
+    assert train(**NAMED, console=Console(file=out, width=400)) == resumed
+    assert "runs/mine is finished already" in out.getvalue()
+    assert len(read_records(Path("records"))[0]) == 2
+
+
+def test_a_named_run_that_ended_before_it_saved_anything_begins_again(train, monkeypatch):
+    whole = train()
+    real = Stepper.step
+    monkeypatch.setattr(
+        Stepper, "step", lambda self, step, *w, **o: real(self, step, *w, **o) if step < 3 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(**NAMED)
+    monkeypatch.setattr(Stepper, "step", real)
+    assert len(metrics("runs/mine")) == 3
+    assert train(**NAMED)["final_weights_sha256"] == whole["final_weights_sha256"]
+    assert metrics("runs/mine") == metrics(whole["run"])
+
+
+def test_a_named_run_is_not_taken_up_with_another_config(train, stop_in_step):
+    stop_in_step(3)
+    with pytest.raises(Stopped):
+        train(**NAMED)
+    with pytest.raises(UserError, match=r"runs/mine is another run: seed = 0 there, and 1 is asked for"):
+        train(**NAMED, seed=1)
+
+
+def test_seeds_of_a_named_run_have_a_folder_each(train):
+    train("train.steps=1", "validation.from_step=1", n_seeds=2, **NAMED)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["mine-s0", "mine-s1"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
+def test_a_name_that_is_no_folder_right_under_runs_is_refused(train, name):
+    with pytest.raises(UserError, match="wanted the name of one folder"):
+        train(run=name)
+    assert not Path("runs").exists()
+
+
+def test_what_torchrun_starts_again_goes_on_with_the_run_it_was_on(train, stop_in_step, monkeypatch):
+    whole = train()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train(seed=1)
+    stop_in_step(3)
+    with pytest.raises(Stopped) as stopped:
+        train()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    resumed = train()
+    assert resumed["run"] == str(stopped.value).rpartition(" ")[2] != whole["run"]
+    assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+def test_seconds_of_work_that_were_lost_are_told_apart_from_those_counted(train, monkeypatch):
+    real = Stepper.step
+
+    def step(self, step, *words, **options):
+        if step == 5:
+            raise ZeroDivisionError  # nothing is saved: as when the power goes
+        return real(self, step, *words, **options)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    settings = ("checkpoint.every_steps=2",)
+    with pytest.raises(ZeroDivisionError):
+        train(*settings)
+    saved = checkpoint.newest_of(only_run())[0].state
+    assert saved["step"] == 4
+    alive = saved["saved"] + 30.0
+    os.utime(only_run() / "metrics.jsonl", (alive, alive))
+    with pytest.raises(ZeroDivisionError):
+        resume_run(only_run(), QUIET)
+    monkeypatch.setattr(Stepper, "step", real)
+    clock = resume_run(only_run(), QUIET)["clock"]
+    assert 30.0 <= clock["lost_seconds"] < 40.0
+    (record,) = read_records(Path("records"))[0]
+    assert record.resumed == 2
+    assert record.clock["train_seconds"] < 20.0

@@ -95,7 +95,7 @@ def test_how_often_a_run_is_validated_moves_no_bit_of_it(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_checkpoint_holds_the_weights_to_go_on_with_and_those_the_run_is_judged_by(way):
     result = train(way)
-    saved = checkpoint.load_newest(Path(result["run"]) / "checkpoints")[0]
+    saved = checkpoint.newest_of(Path(result["run"]))[0]
     assert saved.model.keys() == saved.evaluation.keys()
     assert any(not torch.equal(saved.model[name], saved.evaluation[name]) for name in saved.model)
     model, _ = load_model(Path(result["run"]))
@@ -107,8 +107,8 @@ def test_bf16_passes_with_master_weights_validate_the_average_too():
     result = train("lawa_queue", "train.precision=bf16_master", "average.snapshots=6")
     run = Path(result["run"])
     plain = train_seeds("tiny", "adamw", [*TINY, "train.precision=bf16_master"], 0, 1, {}, QUIET)[0]
-    saved = checkpoint.load_newest(run / "checkpoints")[0]
-    theirs = checkpoint.load_newest(Path(plain["run"]) / "checkpoints")[0]
+    saved = checkpoint.newest_of(run)[0]
+    theirs = checkpoint.newest_of(Path(plain["run"]))[0]
     assert all(torch.equal(tensor, theirs.model[name]) for name, tensor in saved.model.items())
     assert abs(result["final_val_loss"] - plain["final_val_loss"]) > 0.01
 

@@ -22,8 +22,8 @@ TWO_RANKS = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 SLOW_SAVE = """
 import time
 from nanorun.training import checkpoint
-real = checkpoint.save
-checkpoint.save = lambda *words, **options: (time.sleep(2.0), real(*words, **options))[1]
+real = checkpoint.Saver.wait
+checkpoint.Saver.wait = lambda *words, **options: (time.sleep(2.0), real(*words, **options))[1]
 from nanorun.cli import main
 main()
 """

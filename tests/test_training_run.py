@@ -133,7 +133,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_refused_by_name():
     content[-5] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors is missing or not what was saved"):
-        checkpoint.load(newest)
+        checkpoint.load(newest, run=checkpoint.identity(newest.parents[1]))
 
 
 def test_the_command_line_prints_one_json_document_and_a_record_that_reads_back(tmp_path):

@@ -400,6 +400,8 @@ def _result_facts(record: Record, state: str) -> list[tuple[str, str]]:
         ("tokens", f"{record.tokens:,}"),
         ("ending", ending if record.completed or record.stop_at_target else "ended early"),
         ("resumed", f"{record.resumed} times" if record.resumed else "never"),
+        *([("bits differ", record.inexact)] if record.inexact else []),
+        *([("steps not finite, left out", str(record.skipped_steps))] if record.skipped_steps else []),
         ("made", f"{_minute(record.created)} UTC"),
     ]
 

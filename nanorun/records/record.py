@@ -194,6 +194,10 @@ class Record:
     optimizer_state_bytes: int
     validation_left_out: int = 0
     """Points that only curve.csv holds, because record.json would have grown too large."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite and whose update was left out, as `--skip-bad-steps` allows."""
+    inexact: str = ""
+    """What changed when the run was taken up again, where its bits are not those of a run never stopped."""
 
     @classmethod
     def from_dict(cls, content: object) -> Record:

@@ -431,6 +431,12 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
     broken = sum(not record.completed and not record.stop_at_target for record in group)
     if broken:
         yield f"{row.name}: {_runs(broken)} ended before the declared last step: first crossing only"
+    skipped = sum(record.skipped_steps for record in group)
+    if skipped:
+        yield f"{row.name}: {skipped} step{_s(skipped)} not finite, whose updates were left out"
+    inexact = sum(bool(record.inexact) for record in group)
+    if inexact:
+        yield f"{row.name}: {_runs(inexact)} taken up again elsewhere than begun, with other bits"
     repeats = row.runs - row.seeds
     if repeats:
         runs_and_seeds = f"{_runs(row.runs)} of {row.seeds} seed{_s(row.seeds)}"

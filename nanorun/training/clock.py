@@ -57,6 +57,10 @@ class TrainingClock:
         self._seconds["train"] = slowest(self.train_seconds())
         return self._seconds["train"]
 
+    def set(self, reason: str, seconds: float) -> None:
+        """Set a reason's total to what was counted elsewhere."""
+        self._seconds[reason] = seconds
+
     def state_dict(self) -> dict[str, float]:
         """Return the seconds of each reason, for a checkpoint."""
         self._charge()

@@ -18,6 +18,11 @@ class Outcome:
     """The first validation at or under the target: step, seconds."""
     validation_tokens: int = 0
     resumed: int = 0
+    """How often the run was taken up again."""
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 1, whose loss or gradient was not finite and whose update was left out."""
+    inexact: str = ""
+    """What was otherwise after an interruption, so that the bits are not those of a run never stopped."""
     earlier_hardware: str = ""
     """Labels of the other machines that earlier parts ran on."""
     code: dict[str, Any] = field(default_factory=dict)

@@ -80,5 +80,7 @@ def _readings(run: Run, result: dict[str, Any]) -> dict[str, Any]:
         "clock": {reason: round(seconds, 4) for reason, seconds in result["clock"].items()},
         "peak_memory_mib": round(machine.peak_memory_mib(run.device), 1),
         "resumed": outcome.resumed,
+        "skipped_steps": len(outcome.skipped_steps),
+        "inexact": outcome.inexact,
         "optimizer_state_bytes": run.optimizers.state_bytes(),
     }

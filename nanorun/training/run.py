@@ -16,6 +16,7 @@ from nanorun.tables import read_toml
 from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, Track, load_track, preset_names
 from nanorun.training import distributed
 from nanorun.training.setup import Options, write_options
+from nanorun.training.taking_up import check_run_name
 from nanorun.training.train import train
 
 BASE_PRESET = "adamw"
@@ -35,6 +36,8 @@ def train_seeds(
 
     0 seeds are as many as the track's rule asks for.
     """
+    if options.get("run"):
+        check_run_name(options["run"])
     track = load_track(track_name or DEFAULT_TRACK)
     n_seeds = n_seeds or track.significance.n
     if preset is None:
@@ -52,7 +55,9 @@ def train_seeds(
     try:
         with distributed.taking_part():
             for config in configs:
-                results.append(train(config, track, Options(**options), console))
+                several = f"-s{config.seed}" if options.get("run") and n_seeds > 1 else ""
+                mine = {**options, "run": f"{options['run']}{several}"} if several else options
+                results.append(train(config, track, Options(**mine), console))
         return results
     except Stopped as stopped:
         left = n_seeds - len(results) - 1

@@ -7,6 +7,8 @@ import datetime
 import difflib
 import hashlib
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
 from nanorun.training.step import Stepper
+from nanorun.training.taking_up import METRICS, Begun, note_for_restarts, note_interruption
 
 PATCH = "source.patch"
 ELSEWHERE = "free some disk, or choose another folder with --runs"
@@ -59,6 +62,12 @@ class Options:
     """Id of the record whose run this is once more; what it leaves is then no record of the track."""
     start: Path = Path()
     """The folder that relative paths in data.mix begin at."""
+    run: str = ""
+    """Name of the run's folder under `runs`; "" makes one of time, track, preset and seed."""
+    skip_bad_steps: int = 0
+    """How many steps whose loss or gradient is not finite are left out before the run fails."""
+    allow_inexact: bool = False
+    """Take a run up where the bits will differ from one that was never stopped."""
 
 
 @dataclasses.dataclass
@@ -75,6 +84,9 @@ class Run:
     model: GPT
     optimizers: OptimizerSet
     stepper: Stepper
+    saver: checkpoint.Saver
+    bad_steps: torch.Tensor
+    """For each step whether its update was left out; on the device, so that setting one waits for nothing."""
     validation_tokens: TokenSet
     predicted: PredictedText
     """What each validation predicts."""
@@ -84,7 +96,8 @@ class Run:
     """Steps finished."""
     compiled: bool = False
     stop_asked: bool = False
-    bad_step: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(-1))
+    flags_read: int = 0
+    """Steps whose flags in `bad_steps` were read."""
 
 
 def set_up(
@@ -95,7 +108,7 @@ def set_up(
     clock: TrainingClock,
     device: torch.device,
     ranks: Ranks,
-    resume: Path | None,
+    begun: Begun,
 ) -> Run:
     check_fixed(track, config)
     folder = _data_folder(config, options)
@@ -112,9 +125,19 @@ def set_up(
     model = _new_model(config, manifest.vocab_size, device)
     optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
-    run_folder = resume or Path(
-        ranks.broadcast_text(str(_new_folder(config, options)) if ranks.leads else "")
+    run_folder = Path(begun.folder)
+    if not begun.resumes:
+        run_folder = Path(
+            ranks.broadcast_text(str(_new_folder(config, options, begun)) if ranks.leads else "")
+        )
+    saver = checkpoint.Saver(
+        run_folder / "checkpoints",
+        run=checkpoint.identity(run_folder) if ranks.leads else "",
+        keep=config.checkpoint.keep,
+        also=run_folder / METRICS,
     )
+    if ranks.leads:
+        saver.clear()
     run = Run(
         config,
         track,
@@ -126,13 +149,14 @@ def set_up(
         model,
         optimizers,
         stepper,
+        saver,
+        torch.zeros(config.train.steps, dtype=torch.bool, device=device),
         validation_tokens,
         predicted,
         console,
     )
-    run.bad_step = run.bad_step.to(device)
     run.outcome.initial_weights_sha256 = checkpoint.weights_sha256(model)
-    run.outcome.code = _keep_code(run, resume is not None)
+    run.outcome.code = _keep_code(run, begun.resumes)
     _print_groups(run)
     return run
 
@@ -249,13 +273,18 @@ def _checked_manifest(corpus: str, config: RunConfig, tokens: TokenSet, folder: 
     return manifest
 
 
-def _new_folder(config: RunConfig, options: Options) -> Path:
+def _new_folder(config: RunConfig, options: Options, begun: Begun) -> Path:
+    """Return the folder of a run that begins; it may lie there already, of one that ended before it saved anything."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = options.runs / f"{stamp}-{config.track}-{config.name}-s{config.seed}"
-    folder = new_folder(base, mend=ELSEWHERE)
+    folder = Path(begun.folder) if begun.folder else new_folder(base, mend=ELSEWHERE)
     try:
-        write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
+        if (folder / "config.toml").exists():
+            note_interruption(folder, after_step=0, saved=(folder / "config.toml").stat().st_mtime)
+        else:
+            write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
         write_options(folder, options)
+        note_for_restarts(folder, config)
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -330,12 +359,14 @@ def _print_groups(run: Run) -> None:
     run.console.print(table)
 
 
-def read_saved(resume: Path | None, console: Console) -> checkpoint.Checkpoint | None:
-    if resume is None:
+def read_saved(begun: Begun, console: Console) -> checkpoint.Checkpoint | None:
+    """Return the newest checkpoint that verifies, and say which were passed over; None for a run that begins."""
+    if not begun.resumes:
         return None
-    if (resume / "result.json").exists():
-        raise UserError(f"{resume} is finished: its result is in result.json there; start a new run instead")
-    found, passed_over = checkpoint.load_newest(resume / "checkpoints")
+    folder = Path(begun.folder)
+    if (folder / "result.json").exists():
+        raise UserError(f"{folder} is finished: its result is in result.json there; start a new run instead")
+    found, passed_over = checkpoint.newest_of(folder)
     for line in passed_over:
         say(console, f"passed over: {line}")
     return found
@@ -356,11 +387,11 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.model.load_state_dict(saved.model, strict=True)
     run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
-    run.done = int(saved.state["step"])
+    run.done = run.flags_read = int(saved.state["step"])
     now_code = run.outcome.code
     run.outcome = Outcome(**saved.state["outcome"])
-    run.outcome.resumed += 1
     run.clock.load_state_dict(saved.state["clock"])
+    lost = _note_interruption(run, saved)
     if run.outcome.code != now_code:
         say(run.console, "note: the run began with other code than this; its record names that code")
     then, now = saved.state["choices"], choices(run)
@@ -368,11 +399,50 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         before = [run.outcome.earlier_hardware] if run.outcome.earlier_hardware else []
         run.outcome.earlier_hardware = " then ".join([*before, then["hardware"]])
     if then != now:
-        changed = ", ".join(
-            f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]
+        _allow_other_bits(run, then, now)
+    say(
+        run.console,
+        f"resumed after step {run.done} of {run.config.train.steps} from {saved.path}; {lost:.1f} s of work lost "
+        "so far",
+    )
+
+
+def _note_interruption(run: Run, saved: checkpoint.Checkpoint) -> float:
+    """Tell the seconds lost to interruptions apart from those counted, and return them."""
+    lost, times = 0.0, 0
+    if run.ranks.leads:
+        lost, times = note_interruption(
+            run.folder, after_step=run.done, saved=float(saved.state.get("saved", 0.0))
         )
-        say(run.console, f"note: the bits will differ from a run never stopped ({changed})")
-    say(run.console, f"resumed after step {run.done} of {run.config.train.steps} from {saved.path}")
+    lost = run.ranks.slowest(lost)
+    run.outcome.resumed = round(run.ranks.slowest(times))
+    run.clock.set("lost", lost)
+    return lost
+
+
+def _allow_other_bits(run: Run, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError where a run goes on otherwise than it was begun, unless that was allowed; then keep it."""
+    changed = ", ".join(
+        f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]
+    )
+    if not run.options.allow_inexact:
+        raise UserError(
+            f"the bits would differ from those of a run never stopped ({changed}): go on where it was begun, or add "
+            "--allow-inexact, and the record will say so"
+        )
+    say(run.console, f"note: the bits will differ from a run never stopped ({changed})")
+    changes = [run.outcome.inexact] if run.outcome.inexact else []
+    run.outcome.inexact = "; ".join([*changes, f"after step {run.done}: {changed}"])
+
+
+def resume_command(run: Run) -> str:
+    """Return the command that takes the run up again."""
+    words = f"nanorun train --resume {shlex.quote(str(run.folder))}"
+    if run.ranks.n_ranks == 1:
+        return words
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.n_ranks))
+    hosts = f"--nnodes {run.ranks.n_ranks // here} … " if here < run.ranks.n_ranks else ""
+    return f"torchrun {hosts}--nproc-per-node {here} -m {words}"
 
 
 def _check_same_data(run: Run, saved: checkpoint.Checkpoint) -> None:

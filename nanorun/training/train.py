@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig
-from nanorun.errors import RunFailed, Stopped
+from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
@@ -33,9 +35,15 @@ from nanorun.training.setup import (
     mix_of,
     read_saved,
     restore,
+    resume_command,
     say,
     set_up,
 )
+from nanorun.training.step import StepResult
+from nanorun.training.taking_up import METRICS, Begun, begun_before
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The signals that ask a run to save and stop."""
 
 
 def train(
@@ -43,20 +51,27 @@ def train(
 ) -> dict[str, Any]:
     """Return what `--json` prints of a run trained to its declared last step.
 
-    Raises UserError, RunFailed (not finite, target missed under `require_target`) or Stopped (a signal came;
-    a checkpoint was saved).
+    `resume` is the folder of a run to take up again. Raises UserError, RunFailed (not finite, target missed under
+    `require_target`) or Stopped (a signal came; a checkpoint was saved).
     """
     device = distributed.pick_device(options.device)
     ranks = distributed.join(device.type)
     if not ranks.leads:
         console = Console(quiet=True)
+    begun = Begun(str(resume), resumes=True)
+    if resume is None:
+        begun = begun_before(config, runs=options.runs, name=options.run, ranks=ranks)
+        if begun.result is not None:
+            say(console, f"{begun.folder} is finished already; its result once more")
+            return begun.result
     clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
     distributed.tell_phase(lambda: clock.reason)
     with clock.paused("setup"):
-        saved = read_saved(resume, console)
-        run = set_up(config, track, options, console, clock, device, ranks, resume)
+        saved = read_saved(begun, console)
+        run = set_up(config, track, options, console, clock, device, ranks, begun)
     with _listening(run), ExitStack() as stack:
-        with _leaving_no_empty_folder(run, resume):
+        stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
+        with _leaving_no_empty_folder(run, begun):
             asked = choose_as_before(run, saved) if saved else config.train.compile
             with clock.paused("compile"):
                 run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=config.train.steps)
@@ -69,7 +84,8 @@ def train(
                 ranks.wait()
         with _naming_what_is_saved(run):
             _loop(run, progress, rows)
-    return _finish(run)
+        stack.pop_all().close()
+        return _finish(run)
 
 
 @contextmanager
@@ -78,21 +94,22 @@ def _naming_what_is_saved(run: Run) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        run.saver.close()
         if not checkpoint.checkpoints(run.folder / "checkpoints"):
             raise
         raise Stopped(
             f"stopped at once, after step {run.done} of {run.config.train.steps}. Resume from the newest checkpoint "
-            f"with: nanorun train --resume {run.folder}"
+            f"with: {resume_command(run)}"
         ) from None
 
 
 @contextmanager
-def _leaving_no_empty_folder(run: Run, resume: Path | None) -> Iterator[None]:
+def _leaving_no_empty_folder(run: Run, begun: Begun) -> Iterator[None]:
     """Remove the folder of a new run that ends before its first step: it holds nothing to resume."""
     try:
         yield
     except BaseException:
-        if run.ranks.leads and resume is None:
+        if run.ranks.leads and not begun.resumes:
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
 
@@ -114,14 +131,16 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
         result = run.stepper.step(step, scale, stop_vote=run.stop_asked)
         run.done = step + 1
         run.optimizers.after_step(run.done)
-        run.bad_step = torch.where((run.bad_step < 0) & result.bad, step, run.bad_step)
+        run.bad_steps[step] = result.bad
         if _reads_flags(run):
-            _raise_if_bad(run, float(result.loss), float(result.grad_norm))
+            _count_bad_steps(run, result, rows)
         if run.done % run.config.log.every_steps == 0 or step == 0:
             seconds = run.clock.train_seconds()
             row = {"step": run.done, "tokens": run.done * plan.batch_tokens, "train_seconds": seconds}
-            rows({**row, "loss": float(result.loss), "grad_norm": float(result.grad_norm), "lr_scale": scale})
-            progress.train(run.done, float(result.loss), seconds)
+            loss, grad_norm = float(result.loss), float(result.grad_norm)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                rows({**row, "loss": loss, "grad_norm": grad_norm, "lr_scale": scale})
+            progress.train(run.done, loss, seconds)
         if _validates(run):
             # The swap counts, as in AlgoPerf: whoever needs other weights to be judged by pays for them.
             run.stepper.to_evaluation()
@@ -132,14 +151,14 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
         if asked_to_stop or (
             checks.every_steps and run.done % checks.every_steps == 0 and run.done < plan.steps
         ):
-            _raise_if_bad(run, float(result.loss), float(result.grad_norm))
+            _count_bad_steps(run, result, rows)
             with run.clock.paused("checkpoint"):
-                _save(run)
+                _save(run, wait=asked_to_stop)
                 run.ranks.wait()
         if asked_to_stop:
             raise Stopped(
                 f"stopped after step {run.done} of {plan.steps}; a checkpoint is saved. "
-                f"Resume with: nanorun train --resume {run.folder}"
+                f"Resume with: {resume_command(run)}"
             )
 
 
@@ -176,8 +195,12 @@ def _validate(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], 
         ranks=run.ranks,
         autocast=run.stepper.autocast,
     )
-    if not val_loss < float("inf"):
-        raise RunFailed(f"the validation loss after step {run.done} is {val_loss}; lower the learning rate")
+    if not math.isfinite(val_loss):
+        run.stepper.to_training()
+        kept = _keep_to_look_at(run, f"bad-validation-{run.done:08d}", {"val_loss": str(val_loss)})
+        raise RunFailed(
+            f"the validation loss after step {run.done} is {val_loss}. {kept}Lower the learning rate"
+        )
     tokens = run.done * run.config.train.batch_tokens
     run.outcome.add(run.done, tokens, seconds, val_loss, run.track.target_val_loss)
     row = {"step": run.done, "tokens": tokens, "train_seconds": seconds, "val_loss": val_loss}
@@ -185,40 +208,97 @@ def _validate(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], 
     progress.validation(run.done, val_loss, seconds, run.predicted.describe(val_loss))
 
 
-def _raise_if_bad(run: Run, loss: float, grad_norm: float) -> None:
-    step = int(run.bad_step)
-    if step < 0:
-        return
-    rows = run.config.rows_per_step
-    what = f"loss {loss}, gradient norm {grad_norm}" if step == run.done - 1 else "loss or gradient"
-    raise RunFailed(
-        f"not finite at step {step + 1} of {run.config.train.steps} ({what}; training rows {step * rows} to "
-        f"{(step + 1) * rows - 1} of seed {run.config.seed}): its update was left out and the run stopped. "
-        "Lower the learning rate, lengthen train.warmup_steps, or set train.grad_clip"
+def _count_bad_steps(run: Run, result: StepResult, rows: Callable[[dict[str, Any]], None]) -> None:
+    """Note the steps whose updates were left out since the flags were read last; raise RunFailed at one too many."""
+    first = run.flags_read
+    run.flags_read = run.done
+    for step in (run.bad_steps[first : run.done].nonzero().flatten() + first).tolist():
+        now = step == run.done - 1
+        n_skipped = len(run.outcome.skipped_steps) + 1
+        if n_skipped > run.options.skip_bad_steps:
+            raise _bad_step(run, step, result if now else None)
+        run.outcome.skipped_steps.append(step + 1)
+        rows({"step": step + 1, "tokens": (step + 1) * run.config.train.batch_tokens, "skipped": True})
+        allowed = run.options.skip_bad_steps
+        say(
+            run.console,
+            f"step {step + 1} was not finite, and its update left out ({n_skipped} of {allowed} allowed)",
+        )
+
+
+def _bad_step(run: Run, step: int, result: StepResult | None) -> RunFailed:
+    """Return the failure of a step that was not finite, after leaving a checkpoint to look at."""
+    per_step = run.config.rows_per_step
+    first, last = step * per_step, (step + 1) * per_step - 1
+    what = "loss or gradient"
+    if result is not None:
+        what = f"loss {float(result.loss)}, gradient norm {float(result.grad_norm)}"
+    skipped = run.outcome.skipped_steps
+    before = f" after {len(skipped)} others were left out" if skipped else ""
+    with run.clock.paused("checkpoint"):
+        kept = _keep_to_look_at(
+            run, f"bad-step-{step + 1:08d}", {"bad_step": step + 1, "rows": [first, last]}
+        )
+    return RunFailed(
+        f"not finite at step {step + 1} of {run.config.train.steps}{before} ({what}; training rows {first} to {last} "
+        f"of seed {run.config.seed}): its update was left out and the run stopped. {kept}"
+        "Lower the learning rate, lengthen train.warmup_steps, set train.grad_clip, or let such steps pass with "
+        "--skip-bad-steps N"
     )
 
 
-def _save(run: Run) -> None:
+def _keep_to_look_at(run: Run, name: str, what: dict[str, Any]) -> str:
+    """Write a checkpoint that is none to resume from, and return the sentence that names it."""
+    snapshot = _snapshot(run, what)
+    if snapshot is None:
+        return ""
+    with suppress(UserError):  # a full disk is not what this run failed of
+        run.saver.wait()
+    try:
+        path = checkpoint.write(run.folder, snapshot, run=run.saver.run, keep=run.saver.keep, name=name)
+    except UserError as error:
+        return f"{error}. "
+    return f"The weights and the optimizers as they are now lie in {path}. "
+
+
+def _save(run: Run, *, wait: bool) -> None:
+    """Begin to save a checkpoint; with `wait` it is on disk afterwards, or a UserError says why not.
+
+    Where the one before could not be written, a line says so and the run goes on.
+    """
+    snapshot = _snapshot(run, {})
+    if snapshot is None:
+        return
+    try:
+        run.saver.wait()
+    except UserError as error:
+        say(run.console, f"{error}. The run goes on")
+    run.saver.begin(snapshot)
+    if wait:
+        run.saver.wait()
+
+
+def _snapshot(run: Run, extra: dict[str, Any]) -> checkpoint.Snapshot | None:
+    """Return the run as it is, on the rank that leads; all ranks have to ask."""
     manifest = run.validation_tokens.manifest
+    optimizer = run.optimizers.state_dict()
+    evaluation = _evaluation_weights(run)
+    if not run.ranks.leads:
+        return None
     state = {
         "step": run.done,
+        "saved": time.time(),
         "clock": run.clock.state_dict(),
         "outcome": dataclasses.asdict(run.outcome),
         "choices": choices(run),
         "corpus_sha256": manifest.sha256 if manifest else None,
         "mix": mix_of(run),
         "tokenizer": manifest.tokenizer if manifest else None,
+        **extra,
     }
-    if run.ranks.leads:
-        checkpoint.save(
-            run.folder / "checkpoints",
-            run.done,
-            model=run.model,
-            optimizer=run.optimizers.state_dict(),
-            state=state,
-            evaluation=_evaluation_weights(run),
-            keep=run.config.checkpoint.keep,
-        )
+    return checkpoint.Snapshot.of(
+        run.done, model=run.model, optimizer=optimizer, state=state, evaluation=evaluation
+    )
 
 
 def _evaluation_weights(run: Run) -> dict[str, torch.Tensor] | None:
@@ -233,7 +313,7 @@ def _evaluation_weights(run: Run) -> dict[str, torch.Tensor] | None:
 
 @contextmanager
 def _listening(run: Run) -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the run after its step; a second SIGINT stops at once."""
+    """Let SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) end the run after its step; a second SIGINT stops at once."""
 
     def ask(number: int, frame: object) -> None:
         if run.stop_asked and number == signal.SIGINT:
@@ -242,7 +322,7 @@ def _listening(run: Run) -> Iterator[None]:
         say(run.console, "stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
 
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in STOPPING}
     except ValueError:  # not the main thread: whoever started it handles the signals
         before = {}
     try:
@@ -264,7 +344,7 @@ def _open_outputs(run: Run, stack: ExitStack) -> tuple[RunProgress, Callable[[di
     )
     sinks: list[MetricsFile | WandbRun] = []
     if run.ranks.leads:
-        sinks.append(MetricsFile(run.folder / "metrics.jsonl", after_step=run.done))
+        sinks.append(MetricsFile(run.folder / METRICS, after_step=run.done))
         if run.options.wandb != "off":
             sinks.append(WandbRun(run.options.wandb, run.folder, run.config.model_dump()))
     stack.callback(_close, run, sinks)
@@ -285,7 +365,7 @@ def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
 
 def _finish(run: Run) -> dict[str, Any]:
     with run.clock.paused("checkpoint"):
-        _save(run)
+        _save(run, wait=True)
     clock = run.clock.seconds()
     run.optimizers.to_evaluation()
     weights = checkpoint.weights_sha256(run.model)
@@ -298,7 +378,7 @@ def _finish(run: Run) -> dict[str, Any]:
         write_whole(
             run.folder / "result.json",
             json.dumps(result, indent=1),
-            mend=f"free some disk, then nanorun train --resume {run.folder}",
+            mend=f"free some disk, then {resume_command(run)}",
         )
     run.ranks.wait()  # nobody leaves the group while another still writes
     _say_result(run, result)
@@ -319,12 +399,13 @@ def _say_result(run: Run, result: dict[str, Any]) -> None:
         else f"{target} was not reached"
     )
     bits = run.predicted.describe(result["final_val_loss"])
+    lost = f", lost to interruptions {clock['lost_seconds']:.1f} s" if clock.get("lost_seconds") else ""
     say(
         run.console,
         f"{run.config.name}, seed {run.config.seed}: {result['final_val_loss']:.4f} nats a token"
         f"{f' ({bits})' if bits else ''} after {result['steps']} steps and {clock['train_seconds']:.1f} s counted; "
         f"{where} (validation {clock['validation_seconds']:.1f} s, compile and warm-up "
-        f"{clock['compile_seconds']:.1f} s, in all {clock['total_seconds']:.1f} s)",
+        f"{clock['compile_seconds']:.1f} s{lost}, in all {clock['total_seconds']:.1f} s)",
     )
     if run.options.reproduces:
         return
