@@ -31,7 +31,6 @@ from kill_runs import Case, differences, forget, lost, make_place
 from nanorun.training.machine import hardware, software
 
 CASE = Case("muon", "accumulation")
-MORE_STEPS = ("--set", "train.steps=600")
 SECONDS_PER_PART = 120.0
 """No part of a tiny run takes longer unless it hangs."""
 
@@ -46,10 +45,19 @@ class Kill(NamedTuple):
     """Until all ranks had new processes."""
 
 
-def torchrun(n_ranks: int, restarts: int, run: str, log: Path) -> psutil.Popen:
+def torchrun(n_ranks: int, restarts: int, run: str, steps: int, log: Path) -> psutil.Popen:
     """Return the process of a torchrun whose ranks train the run in runs/RUN."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
-    words = [*launcher, "--max-restarts", str(restarts), "-m", "nanorun", *CASE.words(run), *MORE_STEPS]
+    words = [
+        *launcher,
+        "--max-restarts",
+        str(restarts),
+        "-m",
+        "nanorun",
+        *CASE.words(run),
+        "--set",
+        f"train.steps={steps}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         return psutil.Popen([sys.executable, *words], stdout=output, stderr=output, env=environment)
@@ -117,17 +125,17 @@ def ended_well(process: psutil.Popen, log: Path) -> None:
 
 
 def kill_and_compare(
-    n_ranks: int, n_kills: int, per_run: int, chance: random.Random, log: Path
+    n_ranks: int, n_kills: int, per_run: int, steps: int, chance: random.Random, log: Path
 ) -> list[dict[str, Any]]:
     """Return what each run came to; the kills are dealt out to runs of at most `per_run` each."""
     began = time.monotonic()
-    ended_well(torchrun(n_ranks, 0, "whole", log), log)
+    ended_well(torchrun(n_ranks, 0, "whole", steps, log), log)
     seconds = time.monotonic() - began
     print(f"never killed: {seconds:.1f} s on {n_ranks} ranks", flush=True)
     outcomes: list[dict[str, Any]] = []
     left = n_kills
     while left:
-        process = torchrun(n_ranks, n_kills, "killed", log)
+        process = torchrun(n_ranks, n_kills, "killed", steps, log)
         kills = kill_some(process, n_ranks, min(left, per_run), seconds, chance)
         ended_well(process, log)
         found = differences(Path("runs/whole"), Path("runs/killed"))
@@ -151,6 +159,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-run", type=int, default=4, help="kills of one torchrun, at most")
+    parser.add_argument(
+        "--steps", type=int, default=600, help="of the run; what else a run does takes seconds"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
@@ -160,10 +171,8 @@ def main(words: Sequence[str] | None = None) -> int:
     os.chdir(folder)
     try:
         make_place(folder)
-        chance = random.Random(arguments.seed)
-        outcomes = kill_and_compare(
-            arguments.ranks, arguments.kills, arguments.per_run, chance, folder / "log"
-        )
+        sizes = (arguments.ranks, arguments.kills, arguments.per_run, arguments.steps)
+        outcomes = kill_and_compare(*sizes, random.Random(arguments.seed), folder / "log")
     finally:
         os.chdir(back)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,12 @@
 """A rank that is gone, hangs or failed is named, and the others end."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from nanorun.errors import UserError
@@ -125,3 +132,102 @@ def test_a_time_that_is_none_is_refused(monkeypatch, asked):
 def test_the_time_comes_from_the_environment(monkeypatch, asked, seconds):
     monkeypatch.setenv("NANORUN_HANG_SECONDS", asked)
     assert hang_seconds() == seconds
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+AT_STEP_FOUR = """
+import os, signal
+from nanorun.errors import UserError
+from nanorun.training.step import Stepper
+
+def turn():
+    while True:
+        pass
+
+def refuse():
+    raise UserError("no such thing")
+
+DEEDS = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "turning": turn,
+    "refusing": refuse,
+    "warned": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+}
+real = Stepper.step
+
+def step(self, number, *words, **options):
+    if number == 3 and self.ranks.rank == 1:
+        DEEDS[os.environ["DEED"]]()
+    return real(self, number, *words, **options)
+
+Stepper.step = step
+from nanorun.cli import main
+main()
+"""
+
+
+def two_ranks(folder, deed, tiny_settings, *launcher):
+    """Return the torchrun of a run whose rank 1 does `deed` in its fourth step."""
+    (folder / "deed.py").write_text(AT_STEP_FOUR)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--shutdown-timeout", "2", *launcher, "deed.py", "train", "--track", "shakespeare-sprint"]
+    words += [word for setting in tiny_settings for word in ("--set", setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEED": deed, "NANORUN_HANG_SECONDS": "8"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("deed", "says"),
+    [
+        ("killed", r"has been killed"),
+        ("stopped", r"has not been heard of for \d+ s"),
+        ("turning", r"has not moved since step 3, \d+ s ago, and the others wait for it"),
+        ("refusing", r"failed: UserError: no such thing"),
+    ],
+)
+def test_a_rank_that_does_its_part_no_more_is_named_by_the_other(tmp_path, tiny_settings, deed, says):
+    done = two_ranks(tmp_path, deed, tiny_settings)
+    assert done.returncode == 1
+    assert re.search(rf"nanorun: failed: rank 1 \(\S+, pid \d+\) {says}", done.stderr), done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_ranks_of_which_one_is_warned_stop_together_and_are_not_started_again(tmp_path, tiny_settings):
+    done = two_ranks(tmp_path, "warned", tiny_settings, "--max-restarts", "3")
+    assert done.returncode == 1  # torchrun has no other code
+    # Its vote travels with the gradients of the step after the signal.
+    said = re.findall(
+        r"nanorun: (stopped after step \d+ of 6; a checkpoint is saved)", done.stderr + done.stdout
+    )
+    assert set(said) == {"stopped after step 5 of 6; a checkpoint is saved"}, done.stderr[-3000:]
+    (folder,) = (path for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000005"]
+    assert not (folder / "result.json").exists()
+
+
+def run_script(folder, name, *words):
+    """Return a script's run and the figures it left, or skip with the reason that it gives."""
+    out = folder / "figures.json"
+    command = [sys.executable, str(SCRIPTS / name), *words, "--out", str(out)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
+    if done.stdout.startswith("skipped"):
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_come_back_and_end_with_the_bits_of_ranks_never_killed(tmp_path):
+    figures = run_script(tmp_path, "kill_ranks.py", "--kills", "2", "--steps", "120")
+    assert sum(len(run["kills"]) for run in figures["runs"]) == 2
+    assert not any(run["differs"] for run in figures["runs"])
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_and_mend_after_their_link_was_cut(tmp_path):
+    figures = run_script(tmp_path, "two_hosts.py")
+    assert figures["named"] == [1, 0]
+    assert not figures["apart_differs"]
+    assert not figures["healed_differs"]
