@@ -181,8 +181,11 @@ def train(
     run: Annotated[
         str | None,
         typer.Option(
+            # torchrun refuses --run, even among the words of what it runs: it could be its own --run-path.
+            "--run-name",
+            "--run",
             help="Name of the run's folder under --runs. The same command again takes the run up where it was, and "
-            "of a finished one says the result: for jobs that are requeued."
+            "of a finished one says the result: for jobs that are requeued.",
         ),
     ] = None,
     skip_bad_steps: Annotated[

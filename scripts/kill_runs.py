@@ -93,7 +93,7 @@ class Case(NamedTuple):
         """Return the command of the run that lies in runs/FOLDER."""
         settings = [word for key, value in SIZE.items() for word in ("--set", f"{key}={value}")]
         compiled = ["--compile", "on" if self.compiled else "off"]
-        words = ["train", "--track", "kills", "--optim", self.preset, "--run", folder, "--json"]
+        words = ["train", "--track", "kills", "--optim", self.preset, "--run-name", folder, "--json"]
         return [*words, *settings, *compiled, *EXTRAS[self.extra]]
 
 

@@ -36,6 +36,11 @@ class TrainingClock:
             self._charge()
             self._reasons.pop()
 
+    @property
+    def reason(self) -> str:
+        """What seconds are charged to now: `train`, or the reason of the innermost pause."""
+        return self._reasons[-1]
+
     def train_seconds(self) -> float:
         """Return the counted seconds so far, the device synchronised first."""
         self._charge()

@@ -62,6 +62,7 @@ def validation_loss(
                 torch.from_numpy(idx_BT).to(device), torch.from_numpy(targets_BT).to(device)
             )
         totals += torch.stack([loss_sum.double(), n_predicted.double()])
+        ranks.works()
     model.train(was_training)
     loss_sum_all, n_all = ranks.sum_(totals).tolist()
     return loss_sum_all / n_all, int(n_all)

@@ -475,10 +475,8 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         deterministic=plan.record.software.deterministic,
         reproduces=plan.record.id,
     )
-    try:
+    with distributed.taking_part():
         train(plan.config, _track_of(plan.record), options, console, resume=resume)
-    finally:
-        distributed.leave()
 
 
 def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None, console: Console) -> None:

@@ -72,10 +72,11 @@ def train_seeds(
     say(console, check_trusted(configs[0], named=named, trust_code=trust_code, where=where))
     results: list[dict[str, Any]] = []
     try:
-        for config in configs:
-            several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
-            mine = {**options, "run": f"{options['run']}{several}"} if several else options
-            results.append(train(config, track, Options(**mine), console))
+        with distributed.taking_part():
+            for config in configs:
+                several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
+                mine = {**options, "run": f"{options['run']}{several}"} if several else options
+                results.append(train(config, track, Options(**mine), console))
         return results
     except Stopped as stopped:
         left = len(configs) - len(results) - 1
@@ -85,8 +86,6 @@ def train_seeds(
             else ""
         )
         raise Stopped(f"{stopped}{more}") from None
-    finally:
-        distributed.leave()
 
 
 def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
@@ -132,10 +131,8 @@ def resume_run(
     say(console, check_trusted(config, named=(), trust_code=trust_code, where=where))
     if anew:
         write_options(folder, options)
-    try:
+    with distributed.taking_part():
         return train(config, load_track(config.track), options, console, resume=folder)
-    finally:
-        distributed.leave()
 
 
 def _options_of(folder: Path, anew: Mapping[str, Any]) -> Options:

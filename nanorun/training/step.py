@@ -116,10 +116,12 @@ class Stepper:
         with self.autocast:
             loss_sum, _ = self.forward(idx_BT, targets_BT, drop_keys_B)
         (loss_sum / self.config.train.batch_tokens).backward()
+        self.ranks.works()
         return loss_sum.detach()
 
     def step(self, step: int, scale: float, *, stop_vote: bool = False) -> StepResult:
         """Train on step `step` with learning rates scaled by `scale`."""
+        self.ranks.moved(step + 1)
         loss_sum = torch.zeros((), device=self.device)
         spans = self._spans(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
@@ -127,9 +129,12 @@ class Stepper:
             loss_sum += self.backward(*self._with_keys(span, self.feed.take(span, then)))
         with self.gradients.travelling():
             loss_sum += self.backward(*self._with_keys(spans[-1], self.feed.take(spans[-1], *after)))
+        self.ranks.moved()
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
         self.gradients.finish(shared)
-        return self.update(shared[0] / self.config.train.batch_tokens, scale, shared[1])
+        result = self.update(shared[0] / self.config.train.batch_tokens, scale, shared[1])
+        self.ranks.moved()
+        return result
 
     def update(
         self, loss: torch.Tensor, scale: float, stop_votes: torch.Tensor, *, send: bool = True

@@ -53,10 +53,12 @@ def begun_before(config: RunConfig, *, runs: Path, name: str, ranks: Ranks) -> B
     Raises UserError where the folder of that name holds a run with another config.
     """
     found = Begun()
+    # Between hosts only the torchrun whose ranks died counts a restart.
+    restarted = ranks.any(bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)))
     if ranks.leads:
         if name:
             found = _look_into(runs / name, config)
-        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0):
+        elif restarted:
             with suppress(OSError):
                 found = _look_into(runs / _note(runs, config).read_text(), config)
     return Begun(**json.loads(ranks.broadcast_text(json.dumps(asdict(found)))))

@@ -77,6 +77,7 @@ def _train(
                 say(console, f"{begun.folder} is finished already; its result once more")
                 return begun.result
         clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
+        distributed.tell_phase(lambda: clock.reason)
         with clock.paused("setup"):
             saved = read_saved(begun, console)
             run = set_up(config, track, options, console, clock, device, ranks, begun)
