@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
 from nanorun.errors import UserError
+from nanorun.training import sharding
 
 FORMAT_VERSION = 1
 FILES = ("model.safetensors", "optimizer.pt", "state.json")
@@ -43,7 +44,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
     """Return the hash of all weights: name, dtype, shape and bytes of each, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.detach().cpu().contiguous()
+        whole = sharding.whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -53,7 +54,7 @@ def save(
     folder: Path,
     step: int,
     *,
-    model: torch.nn.Module,
+    model: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     evaluation: Mapping[str, torch.Tensor] | None = None,
@@ -69,7 +70,7 @@ def save(
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        save_file(_unshared(model.state_dict()), beside / FILES[0])
+        save_file(_unshared(model), beside / FILES[0])
         files = list(FILES)
         if evaluation is not None:
             save_file(_unshared(evaluation), beside / EVALUATION)

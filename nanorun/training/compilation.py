@@ -24,6 +24,8 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
     stepper.warm_up()
     if asked == "off":
         return False, ""
+    if stepper.sharded:
+        return False, 'torch.compile is left out under train.shard = "fsdp"' if asked == "on" else ""
     on_cpu = stepper.device.type == "cpu"
     if asked == "auto" and on_cpu and not stepper.ranks.any(_pays_on_cpu(stepper, steps)):
         return False, ""

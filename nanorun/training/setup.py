@@ -31,11 +31,11 @@ from nanorun.records.record import Hardware
 from nanorun.records.report import TrackView
 from nanorun.tables import to_toml
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, machine
+from nanorun.training import checkpoint, machine, sharding
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
-from nanorun.training.step import Stepper
+from nanorun.training.step import Stepper, chosen_precision
 
 PATCH = "source.patch"
 ELSEWHERE = "free some disk, or choose another folder with --runs"
@@ -109,8 +109,13 @@ def set_up(
     )
     _check_lengths(config, tokens, validation_tokens)
     predicted = _predicted(config, validation_tokens, folder, ranks)
-    model = _new_model(config, manifest.vocab_size, device)
-    optimizers = build_optimizers(model, config.optim_by_role, make_average(**config.average.model_dump()))
+    model = _new_model(config, manifest.vocab_size, device, ranks)
+    average = make_average(**config.average.model_dump())
+    optimizers = (
+        sharding.build_sharded(model, config.optim_by_role, average, ranks)
+        if sharding.applies(config, ranks)
+        else build_optimizers(model, config.optim_by_role, average)
+    )
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
     run_folder = resume or Path(
         ranks.broadcast_text(str(_new_folder(config, options)) if ranks.leads else "")
@@ -156,11 +161,15 @@ def _check_lengths(config: RunConfig, tokens: TokenSet | Mix, validation_tokens:
     )
 
 
-def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
+def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: Ranks) -> GPT:
     try:
-        model = GPT(config.model, vocab_size)
-        model.initialise(config.seed)
-        model.to(device)
+        if sharding.applies(config, ranks):
+            precision = chosen_precision(config.train.precision, device)
+            model = sharding.new_model(config, vocab_size, device, ranks, precision)
+        else:
+            model = GPT(config.model, vocab_size)
+            model.initialise(config.seed)
+            model.to(device)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
         # Out of memory on either device, or a size that is no 64-bit integer.
         reason = (str(error).splitlines() or ["out of memory"])[0]
@@ -353,8 +362,11 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Put the run where the checkpoint left it; UserError where the corpus is not the one it trained on."""
     _check_same_data(run, saved)
-    run.model.load_state_dict(saved.model, strict=True)
-    run.optimizers.load_state_dict(saved.optimizer)
+    if isinstance(run.optimizers, sharding.ShardedOptimizers):
+        run.optimizers.load_whole(saved.model, saved.optimizer)
+    else:
+        run.model.load_state_dict(saved.model, strict=True)
+        run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
     run.done = int(saved.state["step"])
     now_code = run.outcome.code

@@ -19,7 +19,7 @@ from nanorun.errors import RunFailed, Stopped
 from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, distributed, machine, recording
+from nanorun.training import checkpoint, distributed, machine, recording, sharding
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.evaluate import validation_loss
@@ -208,14 +208,19 @@ def _save(run: Run) -> None:
         "mix": mix_of(run),
         "tokenizer": manifest.tokenizer if manifest else None,
     }
+    # A model that is shared out over the ranks is put together by all of them.
+    model = sharding.whole_weights(run.model, keep=run.ranks.leads)
+    sharded = isinstance(run.optimizers, sharding.ShardedOptimizers)
+    evaluation = _evaluation_weights(run) if sharded or run.ranks.leads else None
+    optimizer = run.optimizers.whole_state() if sharded else run.optimizers.state_dict()
     if run.ranks.leads:
         checkpoint.save(
             run.folder / "checkpoints",
             run.done,
-            model=run.model,
-            optimizer=run.optimizers.state_dict(),
+            model=model,
+            optimizer=optimizer,
             state=state,
-            evaluation=_evaluation_weights(run),
+            evaluation=evaluation,
             keep=run.config.checkpoint.keep,
         )
 
@@ -225,7 +230,8 @@ def _evaluation_weights(run: Run) -> dict[str, torch.Tensor] | None:
     if not run.optimizers.evaluates_other_weights:
         return None
     run.optimizers.to_evaluation()
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
+    weights = sharding.whole_weights(run.model, keep=run.ranks.leads)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     run.optimizers.to_training()
     return weights
 
