@@ -5,8 +5,10 @@ Called by torchrun with one JSON list of cases, each a preset and its settings; 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,12 +21,19 @@ from nanorun.optim.averaging import make_average
 from nanorun.optim.build import build_optimizers
 from nanorun.tracks import load_track
 from nanorun.training import checkpoint, distributed, sharding
+from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.distributed import Ranks
 from nanorun.training.step import Stepper, chosen_precision
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 65
-TINY = ["train.batch_tokens=512", "train.micro_batch_rows=1", "train.grad_clip=0.5", "model.n_layer=2"]
+TINY = [
+    "train.compile=off",
+    "train.batch_tokens=512",
+    "train.micro_batch_rows=1",
+    "train.grad_clip=0.5",
+    "model.n_layer=2",
+]
 TINY += ["model.n_head=2", "model.n_embd=32", "model.context_len=64"]
 STEPS = 3
 
@@ -91,7 +100,7 @@ def flat_state(state: dict) -> dict[str, torch.Tensor]:
             found.update({f"{i}.{k}.{key}": value for key, value in entry.items()})
     for key, value in (state["average"] or {}).items():
         tensors = value if isinstance(value, list) else []
-        tensors = sum(tensors, []) if tensors and isinstance(tensors[0], list) else tensors
+        tensors = list(chain(*tensors)) if tensors and isinstance(tensors[0], list) else tensors
         found.update({f"average.{key}.{k}": tensor for k, tensor in enumerate(tensors)})
     return found
 
@@ -101,11 +110,11 @@ def run_case(preset: str, settings: list[str], ranks: Ranks) -> dict:
     config = resolve(track, preset, [*TINY, "train.shard=fsdp", *settings])
     shards, one = make_stepper(config, ranks), make_stepper(config, Ranks())
     told = {"same_start": checkpoint.weights_sha256(shards.model) == checkpoint.weights_sha256(one.model)}
-    for stepper in (shards, one):
-        stepper.warm_up()
+    told["compiled"] = compile_if_it_pays(shards, config.train.compile, steps=STEPS)[0]
+    one.warm_up()
     told["sharded"], told["one"] = train(shards, range(STEPS)), train(one, range(STEPS))
     weights = sharding.whole_weights(shards.model, keep=True)
-    state, state_of_one = shards.optimizers.whole_state(), one.optimizers.state_dict()
+    state, state_of_one = shards.optimizers.whole_state(), copy.deepcopy(one.optimizers.state_dict())
     shared = [weights, state] if ranks.leads else [None, None]
     dist.broadcast_object_list(shared, src=0)
     weights, state = shared
@@ -115,14 +124,14 @@ def run_case(preset: str, settings: list[str], ranks: Ranks) -> dict:
     alone, together = make_stepper(config, Ranks()), make_stepper(config, ranks)
     alone.model.load_state_dict(weights)
     alone.optimizers.load_state_dict(state)
+    alone.refresh_working_copy()
     together.optimizers.load_whole(one.model.state_dict(), state_of_one)
     last = range(STEPS, STEPS + 1)
     told["last"] = [train(stepper, last)[0] for stepper in (one, shards, alone, together)]
     for stepper in (shards, one):
         stepper.to_evaluation()
-    told["judged_apart"] = distance(
-        sharding.whole_weights(shards.model, keep=True), one.model.state_dict()
-    )
+    judged = sharding.whole_weights(shards.model, keep=True)
+    told["judged_apart"] = distance(judged, one.model.state_dict())
     for stepper in (shards, one):
         stepper.to_training()
     told["bytes"] = n_bytes(shards, ranks)

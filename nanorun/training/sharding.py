@@ -13,8 +13,8 @@ what its update treats by itself:
 
 An algorithm without UNIT, such as Prodigy, whose step size depends on all parameters together, is refused.
 
-Verified by tests: CPU and gloo, 2 and 4 ranks, torch 2.13. Not verified: CUDA, NCCL, several hosts, torch.compile
-(which is left out here).
+Verified by tests: CPU and gloo, 2 and 4 ranks, torch 2.13. Not verified: CUDA, NCCL, several hosts, and so what a
+device's memory holds and how gathering overlaps with work.
 
 Shapes: R rows of a parameter.
 """
@@ -47,17 +47,19 @@ def new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: R
     """Return the model that `GPT.initialise` would make, with this rank's rows on the device and nothing else.
 
     The host draws one parameter at a time, whole, so the weights do not depend on the number of ranks.
-    Under "bf16" the blocks are gathered in bf16, as autocast would cast them, and the rest in fp32; under
-    "bf16_master" all is. Kept weights and summed gradients are fp32.
+    Under "bf16" the blocks are gathered in bf16, as autocast would cast them, unless they hold a LayerNorm, whose
+    weights autocast leaves in fp32; the rest is gathered in fp32. Under "bf16_master" all is gathered in bf16.
+    Kept weights and summed gradients are fp32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         model = GPT(config.model, vocab_size)
+    in_bf16 = precision == "bf16" and config.model.norm == "rmsnorm"
     mesh = init_device_mesh(device.type, (ranks.n_ranks,))
     for unit in (*model.blocks, model):
-        low = precision == "bf16_master" or (precision == "bf16" and unit is not model)
+        low = precision == "bf16_master" or (in_bf16 and unit is not model)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low else None,
             reduce_dtype=torch.float32,
@@ -151,7 +153,7 @@ def build_sharded(
 
 
 def _parts(model: GPT, optim: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> dict[str, Part]:
-    units = {name: _unit(role.role, optim) for name, role in model.roles().items()}
+    units = {name: unit_of(role.role, optim) for name, role in model.roles().items()}
     named = dict(model.named_parameters())
     owned = [name for name in named if units[name] == "parameter"]
     owner = dict(zip(owned, owners([named[name].numel() for name in owned], ranks.n_ranks), strict=True))
@@ -166,7 +168,7 @@ def _parts(model: GPT, optim: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> 
     return parts
 
 
-def _unit(role: str, optim: Mapping[str, Mapping[str, Any]]) -> str:
+def unit_of(role: str, optim: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the UNIT of the algorithm that a role is mapped to."""
     name = optim.get(role, optim.get("default", {})).get("name")
     if name is None:
@@ -231,14 +233,18 @@ class ShardedOptimizers(OptimizerSet):
 
     def table(self) -> list[GroupRow]:
         """Return one row per group, with the numbers of all ranks together."""
-        sizes = [sum(self._part_of[id(p)].sharded.numel() for p in group["params"]) for group in self.groups()]
+        sizes = [
+            sum(self._part_of[id(p)].sharded.numel() for p in group["params"]) for group in self.groups()
+        ]
         return [row._replace(parameters=size) for row, size in zip(super().table(), sizes, strict=True)]
 
     def whole_state(self) -> dict[str, Any]:
         """Return, on rank 0, the state dict of a run that is not shared out, on the CPU; elsewhere less of it."""
         state = self.state_dict()
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            entries = {k: self._whole_entry(part, saved["state"].get(k)) for k, part in self._numbered(optimizer)}
+            entries = {
+                k: self._whole_entry(part, saved["state"].get(k)) for k, part in self._numbered(optimizer)
+            }
             saved["state"] = {k: entry for k, entry in entries.items() if entry}
         if state["average"]:
             state["average"] = self._mapped(state["average"], self._whole_value)
@@ -304,9 +310,14 @@ class ShardedOptimizers(OptimizerSet):
 
     def _own_value(self, part: Part, value: Any) -> Any:
         """Return this rank's part of a whole value that lies along a part's entries; any other as it is."""
-        if not isinstance(value, Tensor) or value.shape != part.sharded.shape or part.owner == self.ranks.rank:
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != part.sharded.shape
+            or part.owner == self.ranks.rank
+        ):
             return value
-        return value[self._slice(part, self.ranks.rank)] if part.owner is None else value[:0]
+        # A copy, which does not keep the whole in memory.
+        return value[self._slice(part, self.ranks.rank) if part.owner is None else slice(0)].clone()
 
     def _mapped(self, average: Mapping[str, Any], change: Callable[[Part, Any], Any]) -> dict[str, Any]:
         """Return an average's state with each snapshot changed, tensor by tensor."""
@@ -327,7 +338,9 @@ class ShardedOptimizers(OptimizerSet):
             return
         every, mine = range(self.ranks.n_ranks), self._owned_by(self.ranks.rank)
         send = [[rows(part.sharded.grad) for part in self._owned_by(rank)] for rank in every]
-        received = _exchange(send, [[self._shape(part, rank) for part in mine] for rank in every], self.device)
+        received = _exchange(
+            send, [[self._shape(part, rank) for part in mine] for rank in every], self.device
+        )
         for part, *pieces in zip(mine, *received, strict=True):
             part.seen.grad = torch.cat(pieces)
 
@@ -339,7 +352,9 @@ class ShardedOptimizers(OptimizerSet):
         every, rank = range(self.ranks.n_ranks), self.ranks.rank
         mine = self._owned_by(rank)
         send = [[part.seen[self._slice(part, other)] for part in mine] for other in every]
-        received = _exchange(send, [[self._shape(part, rank) for part in self._owned_by(o)] for o in every], self.device)
+        received = _exchange(
+            send, [[self._shape(part, rank) for part in self._owned_by(o)] for o in every], self.device
+        )
         for owner, pieces in enumerate(received):
             for part, piece in zip(self._owned_by(owner), pieces, strict=True):
                 rows(part.sharded).copy_(piece)

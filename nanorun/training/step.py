@@ -154,6 +154,23 @@ class Stepper:
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
 
+    def compile(self) -> None:
+        """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
+
+        Gathering stays outside what is compiled, and all blocks share one graph.
+        """
+        if self.sharded:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        else:
+            self.forward = torch.compile(self.working, dynamic=False)
+
+    def forget_compiled(self) -> None:
+        """Have the passes run eager code again."""
+        self.forward = self.working
+        for block in self.model.blocks:
+            block._compiled_call_impl = None
+
     def close(self) -> None:
         """End what runs beside the steps."""
         self.feed.close()
