@@ -27,7 +27,7 @@ def saved(folder, step, keep=10, fill=0.5):
     return checkpoint.save(
         folder,
         step,
-        model=Weights(fill),
+        model=Weights(fill).state_dict(),
         optimizer=optimizer,
         state={"step": step, "clock": {"train": 1.5}},
         keep=keep,
@@ -197,7 +197,7 @@ def test_a_disk_that_fills_leaves_earlier_checkpoints_whole_and_nothing_half_wri
         checkpoint.save(
             tmp_path,
             10,
-            model=Weights(),
+            model=Weights().state_dict(),
             optimizer={"exp_avg": torch.zeros(optimizer_numbers)},
             state={},
             keep=1,

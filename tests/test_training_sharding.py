@@ -13,7 +13,7 @@ from optim_samples import largest_difference, parameters_of, set_pulling_grads
 
 from nanorun.errors import UserError
 from nanorun.optim.build import algorithms, create, find_algorithm
-from nanorun.training import sharding
+from nanorun.training import checkpoint, sharding
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 EMA = ["average.kind=ema", "average.every_steps=1"]
@@ -128,26 +128,37 @@ main()
 
 
 @pytest.mark.slow
-def test_a_run_stopped_on_two_ranks_goes_on_on_one_and_the_reverse(
-    tmp_path, tiny_settings, shakespeare_folder
+def test_a_run_goes_from_two_ranks_to_one_and_to_two_again(
+    tmp_path, tiny_settings, shakespeare_folder, nanorun, stop_in_step
 ):
     (tmp_path / "stopped.py").write_text(STOP_IN_THIRD_STEP)
-    words = ["train", "--track", "shakespeare-sprint", "--json", "--no-record"]
-    words += ["--data", str(shakespeare_folder)]
     settings = [*tiny_settings, *QUEUE, "train.shard=fsdp", "model.n_layer=2"]
+    words = [
+        "train",
+        "--track",
+        "shakespeare-sprint",
+        "--json",
+        "--no-record",
+        "--data",
+        str(shakespeare_folder),
+    ]
     words += [word for setting in settings for word in ("--set", setting)]
-    whole = launched(1, ["-m", "nanorun", *words], tmp_path)
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    wanted = json.loads(whole.stdout)
-    for first, then in ((2, 1), (1, 2)):
-        runs = tmp_path / f"runs-{first}"
-        stopped = launched(first, [str(tmp_path / "stopped.py"), *words, "--runs", str(runs)], tmp_path)
-        assert "a checkpoint is saved" in stopped.stderr, stopped.stderr[-3000:]
-        (folder,) = runs.iterdir()
-        done = launched(then, ["-m", "nanorun", "train", "--resume", str(folder), "--json"], tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads(done.stdout)
-        assert found["final_val_loss"] == pytest.approx(wanted["final_val_loss"], abs=1e-5)
+    code, whole, err = nanorun(*words)
+    assert code == 0, err
+    stopped = launched(2, ["stopped.py", *words, "--runs", "stopped"], tmp_path)
+    (folder,) = (tmp_path / "stopped").iterdir()
+    saved = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
+    # The ranks' votes to stop travel with the next step's gradients.
+    assert saved == ["step-00000004"], stopped.stderr[-3000:]
+    stop_in_step(5)
+    code, _, err = nanorun("train", "--resume", folder)
+    assert code == 75
+    assert "stopped after step 5 of 6" in err
+    done = launched(2, ["-m", "nanorun", "train", "--resume", str(folder), "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted, found = json.loads(whole), json.loads(done.stdout)
+    assert found["final_val_loss"] == pytest.approx(wanted["final_val_loss"], abs=1e-5)
+    assert found["initial_weights_sha256"] == wanted["initial_weights_sha256"]
 
 
 def options_of(name):
