@@ -128,6 +128,9 @@ class TrainConfig(_Strict):
     """`auto`: fp32 on CPU, bf16 autocast on CUDA. `bf16_master`: bf16 weights with fp32 master copies."""
     compile: Literal["auto", "on", "off"] = "auto"
     checkpoint_activations: Literal["none", "block"] = "none"
+    shard: Literal["none", "fsdp"] = "none"
+    """What many ranks keep: `none`, all of the model on each; `fsdp`, a share of it on each, blocks being gathered
+    as they are needed. On CUDA `micro_batch_rows` = 0 is then 1."""
 
 
 class ValidationConfig(_Strict):

@@ -256,13 +256,14 @@ class GPT(nn.Module):
         return torch.tanh(logits_V / cap) * cap if cap else logits_V
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Set every weight as a function of the seed and the shapes, whatever the device or global state.
 
         Embeddings are N(0, init_std²), biases 0, norm weights 1. Matrices follow one of two rules:
         GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
         or, under zero_init_projections, those projections and an untied head 0 and every other matrix
         N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
+        `put` writes what was drawn for a parameter, on the host and whole, into it.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -270,7 +271,7 @@ class GPT(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             elif std := self._init_std(name, parameter):
                 drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-                parameter.copy_(drawn)
+                put(parameter, drawn)
             else:
                 parameter.zero_()
 

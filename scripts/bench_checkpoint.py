@@ -42,7 +42,10 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
 
 def snapshot(run: Run) -> checkpoint.Snapshot:
     return checkpoint.Snapshot.of(
-        run.done, model=run.model, optimizer=run.optimizers.state_dict(), state={"step": run.done}
+        run.done,
+        model=run.model.state_dict(),
+        optimizer=run.optimizers.state_dict(),
+        state={"step": run.done},
     )
 
 

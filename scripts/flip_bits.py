@@ -61,7 +61,7 @@ def saved_runs(place: Path) -> list[list[Path]]:
             model, optimizers = trained(seed, n_steps=1 + step // 100)
             snapshot = checkpoint.Snapshot.of(
                 step,
-                model=model,
+                model=model.state_dict(),
                 optimizer=optimizers.state_dict(),
                 state={"step": step, "clock": {"train": 1.5 * step + seed}},
                 evaluation={name: tensor / 2 for name, tensor in model.state_dict().items()},

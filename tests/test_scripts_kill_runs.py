@@ -86,7 +86,7 @@ def make_run(folder, kill_runs, loss=2.0, seconds=1.0, weights="a", exp_avg=1.0)
         folder / "checkpoints",
         kill_runs.checkpoint.Snapshot.of(
             1,
-            model=torch.nn.Linear(1, 1),
+            model=torch.nn.Linear(1, 1).state_dict(),
             optimizer={"state": [{"exp_avg": torch.tensor(exp_avg)}]},
             state={"step": 1},
         ),

@@ -32,7 +32,10 @@ def saved(folder, step, keep=10, fill=0.5):
 def snapshot(step, fill=0.5):
     optimizer = {"names": ["muon"], "optimizers": [{"state": {0: {"exp_avg": torch.full((3,), fill)}}}]}
     return checkpoint.Snapshot.of(
-        step, model=Weights(fill), optimizer=optimizer, state={"step": step, "clock": {"train": 1.5}}
+        step,
+        model=Weights(fill).state_dict(),
+        optimizer=optimizer,
+        state={"step": step, "clock": {"train": 1.5}},
     )
 
 
@@ -260,7 +263,11 @@ def test_what_is_saved_beside_the_steps_is_what_was_there_when_it_was_asked_for(
     monkeypatch.setattr(checkpoint, "write", lambda *w, **o: (go_on.wait(10), write(*w, **o))[1])
     model, exp_avg = Weights(0.5), torch.full((3,), 0.5)
     saver = checkpoint.Saver(tmp_path, run=RUN, keep=2)
-    saver.begin(checkpoint.Snapshot.of(4, model=model, optimizer={"exp_avg": [exp_avg]}, state={"step": 4}))
+    saver.begin(
+        checkpoint.Snapshot.of(
+            4, model=model.state_dict(), optimizer={"exp_avg": [exp_avg]}, state={"step": 4}
+        )
+    )
     with torch.no_grad():
         model.a.fill_(7.0)
         exp_avg.fill_(7.0)

@@ -1,6 +1,8 @@
 """The validation loss against a prediction of every token by itself."""
 
+import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -89,6 +91,20 @@ def test_the_shares_of_all_ranks_add_up_to_one_ranks_sum(stepper, n_ranks):
     total = torch.stack(heard).sum(dim=0)
     assert total[1] == alone.heard[0][1] == N_TOKENS - 1
     assert float(total[0]) == pytest.approx(float(alone.heard[0][0]), abs=1e-3)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3, 9])
+def test_all_ranks_make_as_many_passes(stepper, monkeypatch, n_ranks):
+    monkeypatch.setattr(evaluate, "WINDOWS_PER_PASS_CPU", 1)
+    passes = []
+    for rank in range(n_ranks):
+        count = []
+        handle = stepper.model.register_forward_hook(lambda *_, count=count: count.append(1))
+        with contextlib.suppress(ZeroDivisionError):
+            read(stepper, ranks=Listening(rank, n_ranks, rank))
+        handle.remove()
+        passes.append(len(count))
+    assert passes == [math.ceil(5 / n_ranks)] * n_ranks
 
 
 def test_reading_leaves_no_gradients_and_the_model_in_training(stepper):

@@ -13,6 +13,7 @@ SUMMARY = "Gradient times the root of the average square update over that of the
 PAPER = "arXiv:1212.5701"
 SOURCE = "torch.optim.Adadelta"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(1.0, "what the update is multiplied by; the paper has no such factor", low=0.0),
     "rho": Option(0.9, "weight of the past in both averages", low=0.0, high=1.0, below_high=True),

@@ -14,6 +14,7 @@ SUMMARY = "Gradient over the root of the sum of all its squares, so that steps o
 PAPER = "Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html"
 SOURCE = "torch.optim.Adagrad"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "lr_decay": Option(0.0, "lr is divided by 1 + (step − 1) times this", low=0.0),

@@ -14,6 +14,7 @@ SUMMARY = "Gradient over the root of its average square; weight decay is added t
 PAPER = "arXiv:1412.6980; AMSGrad: Reddi et al. 2018, arXiv:1904.09237"
 SOURCE = "torch.optim.Adam"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

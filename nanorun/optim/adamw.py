@@ -14,6 +14,7 @@ SUMMARY = "Adam with the weight decay apart from the gradient; the baseline that
 PAPER = "arXiv:1711.05101"
 SOURCE = "torch.optim.AdamW"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

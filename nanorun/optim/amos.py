@@ -23,6 +23,7 @@ SUMMARY = "Adam with one average square a row, and a decay that steers weights t
 PAPER = "arXiv:2210.11693"
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "parameter"
 SMALLEST = 2.0**-125
 OPTIONS = {
     "lr": Option(REQUIRED, "the paper's ξ: how much a weight of scale eta may change in a step", low=0.0),

@@ -53,6 +53,7 @@ PAPER = (
 )
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "parameter"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

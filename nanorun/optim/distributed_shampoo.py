@@ -36,6 +36,7 @@ SUMMARY = "Shampoo on blocks, its roots renewed every few steps, each block's st
 PAPER = "arXiv:2309.06497"
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "parameter"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

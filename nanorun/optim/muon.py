@@ -33,6 +33,7 @@ SUMMARY = "Momentum whose singular values are all brought near 1; for matrices, 
 PAPER = "https://kellerjordan.github.io/posts/muon/, arXiv:2502.16982"
 SOURCE = "nanorun"
 ROLES = ("matrix",)
+UNIT = "parameter"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "momentum": Option(

@@ -29,6 +29,7 @@ SUMMARY = "AdamW with Nesterov's look-ahead in place of the plain average gradie
 PAPER = "arXiv:1910.05446, table 1; decay arXiv:1711.05101"
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

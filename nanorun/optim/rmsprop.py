@@ -18,6 +18,7 @@ PAPER = (
 )
 SOURCE = "torch.optim.RMSprop; nanorun under eps_inside"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "alpha": Option(0.99, "weight of the past in the averages", low=0.0, high=1.0, below_high=True),

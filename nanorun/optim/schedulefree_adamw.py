@@ -22,6 +22,7 @@ SUMMARY = "AdamW without momentum, evaluated at a running average of its iterate
 PAPER = "arXiv:2405.15682"
 SOURCE = "package schedulefree"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate; larger than AdamW's as a rule", low=0.0),
     "betas": Option(

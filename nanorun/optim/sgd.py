@@ -16,6 +16,7 @@ SUMMARY = "The gradient times lr, or a sum of past gradients; weight decay is ad
 PAPER = "Robbins and Monro 1951, doi:10.1214/aoms/1177729586; https://proceedings.mlr.press/v28/sutskever13"
 SOURCE = "torch.optim.SGD"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "entry"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "momentum": Option(0.0, "weight of the past in the sum of gradients", low=0.0, high=1.0, below_high=True),

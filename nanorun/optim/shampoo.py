@@ -24,6 +24,7 @@ SUMMARY = "AdaGrad with a matrix for each side of the gradient: L^(-1/4) G R^(-1
 PAPER = "arXiv:1802.09568"
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "parameter"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "momentum": Option(0.9, "weight of the past in the average gradient", low=0.0, high=1.0, below_high=True),

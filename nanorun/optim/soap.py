@@ -23,6 +23,7 @@ SUMMARY = "Adam in the eigenbasis of Shampoo's statistics, which turns slowly; A
 PAPER = "arXiv:2409.11321"
 SOURCE = "nanorun"
 ROLES = ("embedding", "head", "matrix", "vector")
+UNIT = "parameter"
 OPTIONS = {
     "lr": Option(REQUIRED, "learning rate", low=0.0),
     "betas": Option(

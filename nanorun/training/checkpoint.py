@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
 from nanorun.errors import UserError
+from nanorun.training import sharding
 from nanorun.training.saved import check_file, read_optimizer, read_state
 
 FORMAT_VERSION = 2
@@ -64,7 +65,7 @@ class Snapshot:
         cls,
         step: int,
         *,
-        model: torch.nn.Module,
+        model: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, Any],
         state: Mapping[str, Any],
         evaluation: Mapping[str, torch.Tensor] | None = None,
@@ -72,7 +73,7 @@ class Snapshot:
         """Return copies on the CPU; `evaluation` are weights the run is judged by, where they are others."""
         return cls(
             step,
-            _copied(_unshared(model.state_dict())),
+            _copied(_unshared(model)),
             _copied(optimizer),
             json.dumps(dict(state), allow_nan=False),
             None if evaluation is None else _copied(_unshared(evaluation)),
@@ -83,7 +84,7 @@ def weights_sha256(model: torch.nn.Module) -> str:
     """Return the hash of all weights: name, dtype, shape and bytes of each, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.detach().cpu().contiguous()
+        whole = sharding.whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}\n".encode())
         digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from nanorun.training.step import Stepper
 
 COMPILE_SECONDS_CPU = 25.0
@@ -27,12 +25,11 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
     on_cpu = stepper.device.type == "cpu"
     if asked == "auto" and on_cpu and not stepper.ranks.any(_pays_on_cpu(stepper, steps)):
         return False, ""
-    eager = stepper.forward
     try:
-        stepper.forward = torch.compile(stepper.working, dynamic=False)
+        stepper.compile()
         stepper.warm_up()
     except Exception as error:  # the compiler's own errors have no common class
-        stepper.forward = eager
+        stepper.forget_compiled()
         stepper.optimizers.zero_grad()
         stepper.warm_up()
         reason = str(error).strip().splitlines()

@@ -48,14 +48,18 @@ def validation_loss(
     last = n_windows * (ranks.rank + 1) // ranks.n_ranks
     per_pass = windows_per_pass(device, context_len, model.vocab_size)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for window in range(first, last, per_pass):
+    # All ranks make as many passes as the one that has most windows, the last over padding perhaps: each pass of a
+    # model that is shared out needs all of them.
+    most = -(-n_windows // ranks.n_ranks)
+    for window in range(first, first + most, per_pass):
+        n_left = max(0, last - window)
         idx_BT, targets_BT = validation_rows(
             tokens,
             n_tokens=n_tokens or None,
             context_len=context_len,
             stride=stride,
-            first_window=window,
-            n_windows=min(per_pass, last - window),
+            first_window=window if n_left else n_windows,
+            n_windows=min(per_pass, n_left) or 1,
         )
         with autocast:
             loss_sum, n_predicted = model(

@@ -35,12 +35,12 @@ from nanorun.records.record import Hardware
 from nanorun.records.report import TrackView
 from nanorun.tables import to_toml
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, machine
+from nanorun.training import checkpoint, machine, sharding
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
 from nanorun.training.saved import check_optimizer, check_state, check_weights, refused
-from nanorun.training.step import Stepper
+from nanorun.training.step import Stepper, chosen_precision
 from nanorun.training.taking_up import METRICS, Begun, note_for_restarts, note_interruption
 from nanorun.training.trust import trust_flag
 
@@ -132,9 +132,13 @@ def set_up(
     )
     _check_lengths(config, tokens, validation_tokens)
     predicted = _predicted(config, validation_tokens, folder, ranks)
-    model = _new_model(config, manifest.vocab_size, device)
+    model = _new_model(config, manifest.vocab_size, device, ranks)
     average = make_average(**config.average.model_dump())
-    optimizers = build_optimizers(model, config.optim_by_role, average, ranks)
+    optimizers = (
+        sharding.build_sharded(model, config.optim_by_role, average, ranks)
+        if sharding.applies(config, ranks)
+        else build_optimizers(model, config.optim_by_role, average, ranks)
+    )
     stepper = Stepper(model, optimizers, tokens, config, device=device, ranks=ranks)
     run_folder = Path(begun.folder)
     if not begun.resumes:
@@ -191,11 +195,15 @@ def _check_lengths(config: RunConfig, tokens: TokenSet | Mix, validation_tokens:
     )
 
 
-def _new_model(config: RunConfig, vocab_size: int, device: torch.device) -> GPT:
+def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: Ranks) -> GPT:
     try:
-        model = GPT(config.model, vocab_size)
-        model.initialise(config.seed)
-        model.to(device)
+        if sharding.applies(config, ranks):
+            precision = chosen_precision(config.train.precision, device)
+            model = sharding.new_model(config, vocab_size, device, ranks, precision)
+        else:
+            model = GPT(config.model, vocab_size)
+            model.initialise(config.seed)
+            model.to(device)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
         # Out of memory on either device, or a size that is no 64-bit integer.
         reason = (str(error).splitlines() or ["out of memory"])[0]
@@ -402,9 +410,12 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     _check_same_data(run, saved)
     check_weights(saved.model, run.model, saved.path)
     check_optimizer(saved.optimizer, run.optimizers, saved.path)
-    run.model.load_state_dict(saved.model, strict=True)
     with refused(saved.path):
-        run.optimizers.load_state_dict(saved.optimizer)
+        if isinstance(run.optimizers, sharding.ShardedOptimizers):
+            run.optimizers.load_whole(saved.model, saved.optimizer)
+        else:
+            run.model.load_state_dict(saved.model, strict=True)
+            run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
     run.done = run.flags_read = int(saved.state["step"])
     now_code = run.outcome.code

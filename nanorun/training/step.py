@@ -18,6 +18,7 @@ from nanorun.dropout import row_keys
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet
+from nanorun.training import sharding
 from nanorun.training.distributed import Ranks
 from nanorun.training.feed import Feed, Pair, Span
 from nanorun.training.gradients import GradientSum
@@ -64,12 +65,14 @@ class Stepper:
             )
         self.model, self.optimizers, self.tokens, self.config = model, optimizers, tokens, config
         self.device, self.ranks = device, ranks
+        self.sharded = isinstance(optimizers, sharding.ShardedOptimizers)
         self.rows_of_rank = config.rows_per_step // ranks.n_ranks
         self.micro_batch_rows = self._first_guess()
         self.precision = chosen_precision(config.train.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        self.working = _bf16_copy(model) if self.precision == "bf16_master" else model
-        self.gradients = GradientSum(self.working.parameters(), ranks)
+        copies = self.precision == "bf16_master" and not self.sharded
+        self.working = _bf16_copy(model) if copies else model
+        self.gradients = GradientSum([] if self.sharded else self.working.parameters(), ranks)
         self.forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.working
         # No method of this object: a circle would keep the model's memory after the run.
         read = partial(training_rows, tokens, seed=config.seed, context_len=config.model.context_len)
@@ -79,7 +82,9 @@ class Stepper:
         asked = self.config.train.micro_batch_rows
         if not asked:
             on_cpu = max(1, MICRO_BATCH_TOKENS_CPU // self.config.model.context_len)
-            asked = on_cpu if self.device.type == "cpu" else self.rows_of_rank
+            # A rank without memory cannot tell those that wait for it in the same pass to try a smaller one.
+            on_cuda = 1 if self.sharded else self.rows_of_rank
+            asked = on_cpu if self.device.type == "cpu" else on_cuda
         return min(asked, self.rows_of_rank)
 
     def batch(self, step: int, first: int, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +131,11 @@ class Stepper:
         spans = self._spans(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
         for span, then in pairwise(spans):
+            if self.sharded:
+                self.model.set_is_last_backward(False)  # type: ignore[operator]
             loss_sum += self.backward(*self._with_keys(span, self.feed.take(span, then)))
+        if self.sharded:
+            self.model.set_is_last_backward(True)  # type: ignore[operator]
         with self.gradients.travelling():
             loss_sum += self.backward(*self._with_keys(spans[-1], self.feed.take(spans[-1], *after)))
         self.ranks.moved()
@@ -144,8 +153,10 @@ class Stepper:
             for master, low in zip(self.model.parameters(), self.working.parameters()):
                 master.grad = None if low.grad is None else low.grad.float()
                 low.grad = None
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [sharding.rows(p.grad) for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
+        if self.sharded:
+            grad_norm = sharding.norm_over_ranks(grad_norm, self.ranks)
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self.config.train.grad_clip:
             torch._foreach_mul_(grads, (self.config.train.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
@@ -160,6 +171,23 @@ class Stepper:
         """Round the master weights into the bf16 copy, if there is one."""
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
+
+    def compile(self) -> None:
+        """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
+
+        Gathering stays outside what is compiled, and all blocks share one graph.
+        """
+        if self.sharded:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        else:
+            self.forward = torch.compile(self.working, dynamic=False)
+
+    def forget_compiled(self) -> None:
+        """Have the passes run eager code again."""
+        self.forward = self.working
+        for block in self.model.blocks:
+            block._compiled_call_impl = None
 
     def close(self) -> None:
         """End what runs beside the steps."""
@@ -182,7 +210,8 @@ class Stepper:
 
         On CUDA a micro-batch that does not fit is halved, and the tokens of the step stay.
         """
-        weights = [p.detach().clone() for p in self.model.parameters()]
+        parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
+        weights = [p.detach().clone() for p in parameters]
         blank = copy.deepcopy(self.optimizers.own_state_dict())
         while True:
             try:
@@ -192,13 +221,18 @@ class Stepper:
                 self.optimizers.zero_grad()
                 gc.collect()
                 torch.cuda.empty_cache()
+                if self.sharded and self.micro_batch_rows > 1:
+                    raise UserError(
+                        f"{self.micro_batch_rows} rows do not fit the device's memory beside this rank's share of "
+                        "the model: set train.micro_batch_rows smaller"
+                    ) from None
                 if self.micro_batch_rows == 1:
                     raise UserError(
                         "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
                     ) from None
                 self.micro_batch_rows = max(1, self.micro_batch_rows // 2)
         with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), weights)
+            torch._foreach_copy_(parameters, weights)
         self.optimizers.load_state_dict(blank)
         self.refresh_working_copy()
         # All ranks take the size that fits the smallest of them.

@@ -21,7 +21,7 @@ from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, distributed, machine, recording
+from nanorun.training import checkpoint, distributed, machine, recording, sharding
 from nanorun.training.alone import alone
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
@@ -300,7 +300,10 @@ def _save(run: Run, *, wait: bool) -> None:
 def _snapshot(run: Run, extra: dict[str, Any]) -> checkpoint.Snapshot | None:
     """Return the run as it is, on the rank that leads; all ranks have to ask."""
     manifest = run.validation_tokens.manifest
-    optimizer = run.optimizers.state_dict()
+    # What lies on several ranks is put together by all of them.
+    sharded = isinstance(run.optimizers, sharding.ShardedOptimizers)
+    model = sharding.whole_weights(run.model, keep=run.ranks.leads)
+    optimizer = run.optimizers.whole_state() if sharded else run.optimizers.state_dict()
     evaluation = _evaluation_weights(run)
     if not run.ranks.leads:
         return None
@@ -316,7 +319,7 @@ def _snapshot(run: Run, extra: dict[str, Any]) -> checkpoint.Snapshot | None:
         **extra,
     }
     return checkpoint.Snapshot.of(
-        run.done, model=run.model, optimizer=optimizer, state=state, evaluation=evaluation
+        run.done, model=model, optimizer=optimizer, state=state, evaluation=evaluation
     )
 
 
@@ -325,7 +328,8 @@ def _evaluation_weights(run: Run) -> dict[str, torch.Tensor] | None:
     if not run.optimizers.evaluates_other_weights:
         return None
     run.optimizers.to_evaluation()
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
+    weights = sharding.whole_weights(run.model, keep=run.ranks.leads)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     run.optimizers.to_training()
     return weights
 
