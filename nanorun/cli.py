@@ -766,7 +766,8 @@ def main() -> None:
     except RunFailed as error:
         _end(f"failed: {error}", 1)
     except Stopped as stopped:
-        _end(str(stopped), 75)
+        # All ranks of a run stop together, and one of them says how to go on.
+        _end(str(stopped) if os.environ.get("RANK", "0") == "0" else "", 75)
     except UnicodeEncodeError as error:
         _end(f"error: {_not_encoded(error)}", 2)
     except OSError as error:
@@ -786,7 +787,8 @@ def _not_encoded(error: UnicodeEncodeError) -> str:
 def _end(text: str, code: int) -> None:
     from nanorun.errors import printable
 
-    print(f"nanorun: {printable(text)}", file=sys.stderr)
+    if text:
+        print(f"nanorun: {printable(text)}", file=sys.stderr)
     _tell_code(code)
     sys.exit(code)
 

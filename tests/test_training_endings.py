@@ -560,17 +560,25 @@ def test_a_name_that_is_no_folder_right_under_runs_is_refused(train, name):
     assert not Path("runs").exists()
 
 
-def test_what_torchrun_starts_again_goes_on_with_the_run_it_was_on(train, stop_in_step, monkeypatch):
-    whole = train()
+def test_what_torchrun_starts_again_goes_on_with_the_run_it_was_on(train, monkeypatch):
+    settings = ("checkpoint.every_steps=2",)
+    whole = train(*settings)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    train(seed=1)
-    stop_in_step(3)
-    with pytest.raises(Stopped) as stopped:
-        train()
+    other = train(*settings, seed=1)
+    real = Stepper.step
+    monkeypatch.setattr(
+        Stepper, "step", lambda self, step, *w, **o: real(self, step, *w, **o) if step < 3 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(*settings)
+    monkeypatch.setattr(Stepper, "step", real)
+    (begun,) = {str(path) for path in Path("runs").iterdir()} - {whole["run"], other["run"], "runs/.torchrun"}
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    resumed = train()
-    assert resumed["run"] == str(stopped.value).rpartition(" ")[2] != whole["run"]
+    out = io.StringIO()
+    resumed = train(*settings, console=Console(file=out, width=400))
+    assert "resumed after step 2 of 6" in out.getvalue()
+    assert resumed["run"] == begun
     assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
 
 

@@ -27,6 +27,7 @@ from nanorun.training.reproduce import Request, reproduce
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.setup import Options
 from nanorun.training.step import Stepper
+from nanorun.training.taking_up import Begun
 
 QUIET = Console(quiet=True)
 TINY = [
@@ -95,7 +96,7 @@ def test_a_step_trains_on_the_rows_of_the_mix_and_ranks_share_them(monkeypatch):
         monkeypatch.setattr(Ranks, "broadcast_text", lambda self, text: text or "runs")
         track, console = load_track("text"), Console(quiet=True)
         clock, device = setup.TrainingClock(), setup.torch.device("cpu")
-        run = setup.set_up(config, track, Options(), console, clock, device, ranks, None)
+        run = setup.set_up(config, track, Options(), console, clock, device, ranks, Begun())
         steppers[ranks.rank, ranks.n_ranks] = run.stepper
     mixed = steppers[0, 1].tokens
     for step in (0, 3, 20_000):
@@ -129,7 +130,7 @@ def test_a_run_is_not_taken_up_again_on_another_mix(monkeypatch, change, stop_in
     if change == "other share":
         path = folder / "config.toml"
         path.write_text(path.read_text().replace('"./novels" = 0.5', '"./novels" = 0.6'))
-        said = r"trained on another mix: what is here of .*novels.* has other content or another share"
+        said = r"it belongs to a run with another config\.toml"
     elif change == "other text":
         put_corpus(Path("novels"), "novels", learnable(9, 4000), learnable(3, 1000))
         said = r"trained on another mix: what is here of novels has other content"
