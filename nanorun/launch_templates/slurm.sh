@@ -76,7 +76,7 @@ elif [ "$told" = 1 ] || [ "$told" = 2 ]; then
     exit "$told" # it failed, or the command was wrong: once more would end alike
 {% if training.n_seeds == 1 %}
 elif [ -e "$run/result.json" ]; then
-    exit 0 # finished; torchrun alone ended badly
+    exit 0 # finished, whatever ended badly after it
 {% endif %}
 elif [ "$(reached)" = "$before" ]; then
     echo "the run came no further in this job, so it is not queued again" >&2
