@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -764,7 +764,7 @@ def main() -> None:
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
     except RunFailed as error:
-        _end(f"failed: {error}", 1)
+        _end(f"failed: {error}", 1, tell=not isinstance(error, RankLost))
     except Stopped as stopped:
         # All ranks of a run stop together, and one of them says how to go on.
         _end(str(stopped) if os.environ.get("RANK", "0") == "0" else "", 75)
@@ -784,18 +784,20 @@ def _not_encoded(error: UnicodeEncodeError) -> str:
     )
 
 
-def _end(text: str, code: int) -> None:
+def _end(text: str, code: int, *, tell: bool = True) -> None:
     from nanorun.errors import printable
 
     if text:
         print(f"nanorun: {printable(text)}", file=sys.stderr)
-    _tell_code(code)
+    if tell:
+        _tell_code(code)
     sys.exit(code)
 
 
 def _tell_code(code: int) -> None:
     """Write the exit code into the file that a job named: torchrun ends with 1 whatever its ranks end with."""
     with suppress(OSError), open(os.environ.get("NANORUN_EXIT_CODE", ""), "r+") as told:
+        told.truncate()  # another rank may have written one before
         told.write(str(code))
 
 

@@ -19,6 +19,10 @@ class RunFailed(RuntimeError):
     """What `--json` prints all the same, of a run that only missed its target."""
 
 
+class RankLost(RunFailed):
+    """A run that another rank's end took along: that rank tells its own exit code, if it still can."""
+
+
 class Stopped(Exception):
     """A run that was asked to stop and saved a checkpoint; the text says how to resume. Exit code 75."""
 

@@ -191,7 +191,7 @@ def training_of(
     from nanorun.training.trust import check_trusted, names_on_the_command_line
 
     if given["resume"] is not None:
-        raise UserError("--resume in a job: leave it out, and name the run's folder with --run NAME")
+        raise UserError("--resume in a job: leave it out, and name the run's folder with --run-name NAME")
     track, configs = configs_of(given["track"], given["optim"], settings, given["seed"], given["seeds"])
     config = configs[0]
     check_trusted(

@@ -18,7 +18,7 @@ from nanorun.config import RunConfig, resolve
 from nanorun.data.batches import token_set
 from nanorun.model import GPT
 from nanorun.optim.averaging import make_average
-from nanorun.optim.build import build_optimizers
+from nanorun.optim.build import OptimizerSet, build_optimizers
 from nanorun.tracks import load_track
 from nanorun.training import checkpoint, distributed, sharding
 from nanorun.training.compilation import compile_if_it_pays
@@ -77,7 +77,7 @@ def n_bytes(stepper: Stepper, ranks: Ranks) -> dict[str, list[int]]:
     train(stepper, range(STEPS + 1, STEPS + 2))
     weights = sum(sharding.rows(p).nbytes for p in stepper.model.parameters())
     whole = sum(part.seen.nbytes for part in stepper.optimizers.parts if part.owner is not None)
-    mine = torch.tensor([weights, gradients[0], stepper.optimizers.state_bytes(), whole])
+    mine = torch.tensor([weights, gradients[0], OptimizerSet.state_bytes(stepper.optimizers), whole])
     everyone = [torch.zeros_like(mine) for _ in range(ranks.n_ranks)]
     dist.all_gather(everyone, mine)
     return {
@@ -115,6 +115,7 @@ def run_case(preset: str, settings: list[str], ranks: Ranks) -> dict:
     told["sharded"], told["one"] = train(shards, range(STEPS)), train(one, range(STEPS))
     weights = sharding.whole_weights(shards.model, keep=True)
     state, state_of_one = shards.optimizers.whole_state(), copy.deepcopy(one.optimizers.state_dict())
+    told["bytes_of_all"] = shards.optimizers.state_bytes()
     shared = [weights, state] if ranks.leads else [None, None]
     dist.broadcast_object_list(shared, src=0)
     weights, state = shared

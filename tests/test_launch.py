@@ -369,6 +369,9 @@ def test_a_run_writes_its_exit_code_where_the_job_said(nanorun, tmp_path, monkey
     told.touch()
     assert nanorun("train", "--track", "none-such")[0] == 2
     assert told.read_text() == "2"
+    told.write_text("130")
+    assert nanorun("train", "--track", "none-such")[0] == 2
+    assert told.read_text() == "2"
 
 
 @pytest.mark.slow

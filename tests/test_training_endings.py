@@ -13,8 +13,9 @@ from rich.console import Console
 
 from nanorun.data.prepare import prepare
 from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.files import write_whole
 from nanorun.records.record import read_records
-from nanorun.training import checkpoint, compilation, machine
+from nanorun.training import checkpoint, compilation, machine, recording
 from nanorun.training.progress import MetricsFile
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.step import Stepper
@@ -553,6 +554,48 @@ def test_seeds_of_a_named_run_have_a_folder_each(train):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["mine-s0", "mine-s1"]
 
 
+def test_a_target_that_was_missed_is_missed_when_a_finished_run_is_named_again(train):
+    wanted = {"run": "mine", "require_target": True}
+    for _ in range(2):
+        with pytest.raises(RunFailed, match=r"above the required 1\.88") as missed:
+            train(**wanted)
+        assert missed.value.result["run"] == "runs/mine"
+    assert train(run="mine")["steps"] == 6
+
+
+def test_a_run_killed_between_its_record_and_its_result_has_one_record(train, monkeypatch):
+    real = write_whole
+
+    def killed(path, *words, **options):
+        if path.name == "result.json":
+            raise ZeroDivisionError
+        real(path, *words, **options)
+
+    monkeypatch.setattr("nanorun.training.train.write_whole", killed)
+    with pytest.raises(ZeroDivisionError):
+        train(run="mine")
+    (record,) = read_records(Path("records"))[0]
+    monkeypatch.setattr("nanorun.training.train.write_whole", real)
+    assert Path(train(run="mine")["record"]).name == record.id
+    assert len(read_records(Path("records"))[0]) == 1
+
+
+def test_a_signal_that_comes_while_a_seed_is_finished_stops_before_the_next_one(train, monkeypatch):
+    real = recording.write
+
+    def write(run, result):
+        signal.raise_signal(signal.SIGTERM)
+        return real(run, result)
+
+    monkeypatch.setattr(recording, "write", write)
+    with pytest.raises(
+        Stopped, match=r"stopped when \S+ was finished; then the 2 seeds left, from --seed 4 on"
+    ):
+        train(seed=3, n_seeds=3)
+    assert (only_run() / "result.json").exists()
+    assert train(seed=5)["steps"] == 6
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
 def test_a_name_that_is_no_folder_right_under_runs_is_refused(train, name):
     with pytest.raises(UserError, match="wanted the name of one folder"):
@@ -580,6 +623,24 @@ def test_what_torchrun_starts_again_goes_on_with_the_run_it_was_on(train, monkey
     assert "resumed after step 2 of 6" in out.getvalue()
     assert resumed["run"] == begun
     assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
+
+
+def test_what_torchrun_starts_again_is_no_run_of_an_earlier_torchrun_with_its_id(train, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    earlier = [train("train.steps=2", "validation.from_step=2", seed=seed)["run"] for seed in (0, 1)]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
+    train("train.steps=2", "validation.from_step=2", seed=2)
+    notes = set(Path("runs/.torchrun").iterdir())
+    for note in notes:
+        os.utime(note, (0, 0))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    first = train("train.steps=2", "validation.from_step=2", seed=0)["run"]
+    assert {note.name.rpartition("-")[0] for note in notes & set(Path("runs/.torchrun").iterdir())} >= {
+        "job-2"
+    }
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train("train.steps=2", "validation.from_step=2", seed=0)["run"] == first
+    assert train("train.steps=2", "validation.from_step=2", seed=1)["run"] not in earlier
 
 
 def test_seconds_of_work_that_were_lost_are_told_apart_from_those_counted(train, monkeypatch):

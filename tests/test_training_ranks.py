@@ -104,6 +104,49 @@ def test_waiting_for_the_rank_that_saves_is_not_counted(tmp_path):
     assert result["clock"]["train_seconds"] < 2.0
 
 
+TWO_TROUBLES = """
+import os, time
+from nanorun.training import checkpoint
+from nanorun.training.step import Stepper
+write, step, second = checkpoint.write, Stepper.step, os.environ["RANK"] == "1"
+
+def slow(*words, **options):
+    time.sleep(5)
+    return write(*words, **options)
+
+def compile(self):
+    if second:
+        raise ValueError("no compiler")
+
+def poisoned(self, number, *words, **options):
+    if number == 2 and second:
+        forward = self.forward
+        self.forward = lambda *pair: (forward(*pair)[0] * float("nan"), None)
+    return step(self, number, *words, **options)
+
+checkpoint.write, Stepper.compile, Stepper.step = slow, compile, poisoned
+from nanorun.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_one_that_dumps_a_bad_step_and_compile_all_or_none(tmp_path):
+    (tmp_path / "troubles.py").write_text(TWO_TROUBLES)
+    # torchrun kills what has not ended two seconds after a rank has failed.
+    words = [sys.executable, *TWO_RANKS, "--shutdown-timeout", "2", "troubles.py", "train"]
+    words += ["--track", "shakespeare-sprint", "--run-name", "mine", "--set", "train.compile=on"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=150)
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "torch.compile failed here, going on without it: on another rank" in said, said[-3000:]
+    assert "as they are now lie in runs/mine/bad-step-00000003" in said, said[-3000:]
+    state = json.loads((tmp_path / "runs/mine/bad-step-00000003/state.json").read_text())
+    assert state["choices"]["compiled"] is False
+
+
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory):
     """What ranks_work.py finds on 2, 4 and 1 ranks: by number of ranks, a list by rank."""

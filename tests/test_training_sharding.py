@@ -24,7 +24,7 @@ TOO_SMALL = "model.n_embd=2"
 TWO_RANKS = [
     ["adamw", []],
     ["muon", ["train.compile=on"]],
-    ["adamw", ["optim.default.name=schedulefree_adamw", "optim.default.lr=0.01"]],
+    ["adamw", ["optim.default.name=schedulefree_adamw", "optim.default.lr=0.01", "model.dropout=0.1"]],
 ]
 FOUR_RANKS = [
     ["adamw", [GPT2, *EMA, "train.checkpoint_activations=block"]],
@@ -32,7 +32,7 @@ FOUR_RANKS = [
     # Fewer rows than ranks, and one whole parameter, so that three ranks own none.
     ["adamw", [GPT2, "model.n_head=1", TOO_SMALL]],
     ["adamw", ["optim.head.name=amos", "optim.head.lr=0.01"]],
-    ["muon", ["optim.matrix.name=distributed_shampoo", "optim.matrix.lr=0.003"]],
+    ["muon", ["optim.matrix.name=distributed_shampoo", "optim.matrix.lr=0.003", "model.dropout=0.1"]],
 ]
 IN_BF16 = [
     ["adamw", ["train.precision=bf16"]],
@@ -88,6 +88,7 @@ def check_shares(told, n_ranks):
     assert told["bytes"]["gradients"] == told["bytes"]["weights"]
     assert max(told["bytes"]["state"]) < 1.2 * state / n_ranks
     assert sum(told["bytes"]["owned"]) <= weights
+    assert told["bytes_of_all"] == state
 
 
 @pytest.mark.slow
@@ -145,16 +146,18 @@ def test_a_run_goes_from_two_ranks_to_one_and_to_two_again(
     words += [word for setting in settings for word in ("--set", setting)]
     code, whole, err = nanorun(*words)
     assert code == 0, err
-    stopped = launched(2, ["stopped.py", *words, "--runs", "stopped"], tmp_path)
-    (folder,) = (tmp_path / "stopped").iterdir()
+    stopped = launched(2, ["stopped.py", *words, "--run-name", "stopped"], tmp_path)
+    folder = tmp_path / "runs/stopped"
     saved = [path.name for path in checkpoint.checkpoints(folder / "checkpoints")]
     # The ranks' votes to stop travel with the next step's gradients.
     assert saved == ["step-00000004"], stopped.stderr[-3000:]
     stop_in_step(5)
-    code, _, err = nanorun("train", "--resume", folder)
-    assert code == 75
+    code, _, err = nanorun("train", "--resume", folder, "--allow-inexact")
+    assert code == 75, err
     assert "stopped after step 5 of 6" in err
-    done = launched(2, ["-m", "nanorun", "train", "--resume", str(folder), "--json"], tmp_path)
+    done = launched(
+        2, ["-m", "nanorun", "train", "--resume", str(folder), "--json", "--allow-inexact"], tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     wanted, found = json.loads(whole), json.loads(done.stdout)
     assert found["final_val_loss"] == pytest.approx(wanted["final_val_loss"], abs=1e-5)
@@ -226,9 +229,3 @@ def test_ranks_keep_the_rows_that_chunk_deals_out(n_rows, n_ranks):
     assert [part.stop - part.start for part in kept] == dealt + [0] * (n_ranks - len(dealt))
     assert kept[0].start == 0
     assert all(a.stop == b.start for a, b in itertools.pairwise(kept))
-
-
-def test_owners_share_the_work_and_may_be_more_than_there_is_work_for():
-    assert sharding.owners([4, 4, 8], 2) == [1, 1, 0]
-    assert sharding.owners([5], 3) == [0]
-    assert sharding.owners([], 2) == []

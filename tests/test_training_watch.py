@@ -168,29 +168,33 @@ main()
 
 
 def two_ranks(folder, deed, tiny_settings, *launcher):
-    """Return the torchrun of a run whose rank 1 does `deed` in its fourth step."""
+    """Return the torchrun of a run whose rank 1 does `deed` in its fourth step; `told` gets the exit code it tells."""
+    (folder / "told").touch()
     (folder / "deed.py").write_text(AT_STEP_FOUR)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words += ["--shutdown-timeout", "2", *launcher, "deed.py", "train", "--track", "shakespeare-sprint"]
     words += [word for setting in tiny_settings for word in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEED": deed, "NANORUN_HANG_SECONDS": "8"}
+    environment["NANORUN_EXIT_CODE"] = str(folder / "told")
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("deed", "says"),
+    ("deed", "says", "told"),
     [
-        ("killed", r"has been killed"),
-        ("stopped", r"has not been heard of for \d+ s"),
-        ("turning", r"has not moved since step 3, \d+ s ago, and the others wait for it"),
-        ("refusing", r"failed: UserError: no such thing"),
+        ("killed", r"has been killed", ""),
+        ("stopped", r"has not been heard of for \d+ s", ""),
+        ("turning", r"has not moved since step 3, \d+ s ago, and the others wait for it", ""),
+        ("refusing", r"failed: UserError: no such thing", "2"),
     ],
 )
-def test_a_rank_that_does_its_part_no_more_is_named_by_the_other(tmp_path, tiny_settings, deed, says):
+def test_a_rank_that_does_its_part_no_more_is_named_by_the_other(tmp_path, tiny_settings, deed, says, told):
     done = two_ranks(tmp_path, deed, tiny_settings)
     assert done.returncode == 1
     assert re.search(rf"nanorun: failed: rank 1 \(\S+, pid \d+\) {says}", done.stderr), done.stderr[-3000:]
+    # Of a rank that was killed a job must not read that it would end alike once more.
+    assert (tmp_path / "told").read_text() == told
 
 
 @pytest.mark.slow

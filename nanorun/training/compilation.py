@@ -25,19 +25,21 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
     on_cpu = stepper.device.type == "cpu"
     if asked == "auto" and on_cpu and not stepper.ranks.any(_pays_on_cpu(stepper, steps)):
         return False, ""
+    failed = ""
     try:
         stepper.compile()
         stepper.warm_up()
     except Exception as error:  # the compiler's own errors have no common class
+        reason = str(error).strip().splitlines()
+        failed = reason[0][:200] if reason else type(error).__name__
         stepper.forget_compiled()
         stepper.optimizers.zero_grad()
         stepper.warm_up()
-        reason = str(error).strip().splitlines()
-        return (
-            False,
-            f"torch.compile failed here, going on without it: {reason[0][:200] if reason else type(error).__name__}",
-        )
-    return True, ""
+    # All ranks compute alike, or the run would have other bits when it is resumed.
+    if not stepper.ranks.any(bool(failed)):
+        return True, ""
+    stepper.forget_compiled()
+    return False, f"torch.compile failed here, going on without it: {failed or 'on another rank'}"
 
 
 def _pays_on_cpu(stepper: Stepper, steps: int) -> bool:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, UserError
 from nanorun.optim.ownership import Pending
 from nanorun.training.watch import DONE, LOST, PATIENCE, Watch, hang_seconds
 
@@ -205,7 +206,7 @@ def tell_phase(phase: Callable[[], str]) -> None:
 def taking_part() -> Iterator[None]:
     """Leave the process group at the end, if there is one, and tell the other ranks why where they can't know.
 
-    Raises RunFailed that names the rank in place of the error that another rank's end made.
+    Raises RankLost that names the rank in place of the error that another rank's end made.
     """
     try:
         yield
@@ -215,13 +216,13 @@ def taking_part() -> Iterator[None]:
         raise
     except BaseException as error:
         lost = ""
-        if _watch is not None and isinstance(error, RuntimeError) and not isinstance(error, RunFailed):
+        if _watch is not None and _may_come_of_another_rank(error):
             # torchrun, which has seen it too, ends this rank by SIGTERM: first it says whose end it was.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             lost = _watch.lost()
         leave(LOST if lost else f"{type(error).__name__}: {_reason(error)}")
         if lost:
-            raise RunFailed(f"{lost} (seen from rank {os.environ['RANK']}: {_reason(error)})") from None
+            raise RankLost(f"{lost} (seen from rank {os.environ['RANK']}: {_reason(error)})") from None
         raise
     leave()
 
@@ -236,18 +237,40 @@ def leave(ending: str = DONE) -> None:
         dist.destroy_process_group()
 
 
+def _may_come_of_another_rank(error: BaseException) -> bool:
+    """Return whether a collective may have failed: what it raises may have been made another error since."""
+    if isinstance(error, RunFailed):
+        return False
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RuntimeError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
 def _stop_torchrun() -> None:
     """Ask the torchrun that started this rank to end, once a run has stopped because it was asked to.
 
     It takes exit code 75 for a failure like others, and would start the ranks again while it has restarts left.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _torchrun_is_parent():
         return
     # It passes the signal on to its ranks, which are about to say how to go on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     restarts, allowed = (int(os.environ[f"TORCHELASTIC_{key}"]) for key in ("RESTART_COUNT", "MAX_RESTARTS"))
     if os.environ["LOCAL_RANK"] == "0" and restarts < allowed:
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _torchrun_is_parent() -> bool:
+    """Return whether torchrun started this very process, and not a shell or program that a rank started."""
+    mark = "TORCHELASTIC_RUN_ID"
+    if mark not in os.environ:
+        return False
+    try:
+        # What torchrun sets for its ranks it does not have itself, and what they start inherits it.
+        return mark not in psutil.Process(os.getppid()).environ()
+    except (psutil.Error, OSError):
+        return False
 
 
 def _reason(error: BaseException) -> str:

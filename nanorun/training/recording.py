@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nanorun.files import write_whole
 from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
 from nanorun.tables import to_toml
 from nanorun.training import machine
 from nanorun.training.setup import Run, mix_of, read_patch
 
+NOTE = "record-id"
+"""In the run's folder: the id of the record that it has, or is about to have."""
+
 
 def write(run: Run, result: dict[str, Any]) -> Path:
     """Write the record of a finished run under its records' folder and return the record's own folder.
 
-    `result` is what `--json` prints of the run. Raises UserError where the disk refuses.
+    `result` is what `--json` prints of the run. A run that was killed right after its record was written has that
+    one, and no second. Raises UserError where the disk refuses.
     """
+    note, place = run.folder / NOTE, run.options.records / run.track.name
+    with suppress(OSError, ValueError):
+        name = note.read_text()
+        if name == Path(name).name and (place / name / "record.json").is_file():
+            return place / name
     config = run.config
     created = datetime.datetime.now(datetime.UTC)
     content = {
@@ -37,6 +48,7 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         **_readings(run, result),
     }
     content["id"] = record_id(created.date().isoformat(), config.name, content)
+    write_whole(note, str(content["id"]), mend="free some disk, then resume the run")
     return write_record(
         run.options.records,
         Record.from_dict(content),

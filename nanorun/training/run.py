@@ -76,7 +76,8 @@ def train_seeds(
             for config in configs:
                 several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
                 mine = {**options, "run": f"{options['run']}{several}"} if several else options
-                results.append(train(config, track, Options(**mine), console))
+                more = len(results) + 1 < len(configs)
+                results.append(train(config, track, Options(**mine), console, more_follow=more))
         return results
     except Stopped as stopped:
         left = len(configs) - len(results) - 1

@@ -382,8 +382,11 @@ def _print_groups(run: Run) -> None:
     run.console.print(table)
 
 
-def read_saved(begun: Begun, console: Console) -> checkpoint.Checkpoint | None:
-    """Return the newest checkpoint that verifies, and say which were passed over; None for a run that begins."""
+def read_saved(begun: Begun, console: Console, ranks: Ranks) -> checkpoint.Checkpoint | None:
+    """Return the newest checkpoint that verifies, the same on all ranks, and say which were passed over.
+
+    None for a run that begins.
+    """
     if not begun.resumes:
         return None
     folder = Path(begun.folder)
@@ -392,7 +395,11 @@ def read_saved(begun: Begun, console: Console) -> checkpoint.Checkpoint | None:
     found, passed_over = checkpoint.newest_of(folder)
     for line in passed_over:
         say(console, f"passed over: {line}")
-    return found
+    # A disk that hosts share may show each of them another moment of it.
+    agreed = ranks.broadcast_text(found.path.name)
+    if found.path.name == agreed:
+        return found
+    return checkpoint.load(found.path.with_name(agreed), run=checkpoint.identity(folder))
 
 
 def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:

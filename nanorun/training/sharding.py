@@ -32,6 +32,7 @@ from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.averaging import WeightAverage
 from nanorun.optim.build import GroupRow, OptimizerSet, build_optimizers, find_algorithm
+from nanorun.optim.ownership import Item, assign_owners
 from nanorun.training.distributed import Ranks
 
 if TYPE_CHECKING:
@@ -107,15 +108,6 @@ def norm_over_ranks(norm: Tensor, ranks: Ranks) -> Tensor:
     return ranks.sum_(norm.double().square()).sqrt().to(norm.dtype)
 
 
-def owners(sizes: Sequence[int], n_ranks: int) -> list[int]:
-    """Return the rank that owns each parameter: the largest first, each to the rank that has least so far."""
-    load, found = [0] * n_ranks, [0] * len(sizes)
-    for k in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
-        found[k] = load.index(min(load))
-        load[found[k]] += sizes[k]
-    return found
-
-
 class Part(NamedTuple):
     """One parameter of the model, and what this rank's optimizer sees of it."""
 
@@ -156,7 +148,9 @@ def _parts(model: GPT, optim: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> 
     units = {name: unit_of(role.role, optim) for name, role in model.roles().items()}
     named = dict(model.named_parameters())
     owned = [name for name in named if units[name] == "parameter"]
-    owner = dict(zip(owned, owners([named[name].numel() for name in owned], ranks.n_ranks), strict=True))
+    sizes = [(named[name].numel(), tuple(named[name].shape)) for name in owned]
+    owners = assign_owners([Item(size, size, shape) for size, shape in sizes], ranks.n_ranks)
+    owner = dict(zip(owned, owners, strict=True))
     parts = {}
     for name, parameter in named.items():
         seen = rows(parameter)
@@ -196,6 +190,7 @@ class ShardedOptimizers(OptimizerSet):
         self.device = parts[0].seen.device
         self._part_of = {id(part.seen): part for part in parts}
         self._owned = [part for part in parts if part.owner is not None]
+        self._whole_bytes = 0
 
     def step(self, skip: Tensor | None = None, *, send: bool = True) -> None:
         """Update all parameters from the gradients of the model's shards, as OptimizerSet.step; they always travel."""
@@ -248,7 +243,12 @@ class ShardedOptimizers(OptimizerSet):
             saved["state"] = {k: entry for k, entry in entries.items() if entry}
         if state["average"]:
             state["average"] = self._mapped(state["average"], self._whole_value)
+        self._whole_bytes = _n_bytes(state)
         return state
+
+    def state_bytes(self) -> int:
+        """Return, on rank 0, the bytes of all ranks' state as of the last `whole_state`; before it this rank's."""
+        return self._whole_bytes or super().state_bytes()
 
     def load_whole(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Restore weights by name and what `whole_state` returned, or an OptimizerSet's state_dict."""
@@ -390,6 +390,15 @@ def _rows_of(n_rows: int, rank: int, n_ranks: int) -> slice:
     """Return the rows that a rank keeps, as torch.chunk deals them out: the last ranks may have fewer, or none."""
     size = -(-n_rows // n_ranks)
     return slice(min(rank * size, n_rows), min((rank + 1) * size, n_rows))
+
+
+def _n_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    if isinstance(value, Mapping):
+        return sum(map(_n_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_n_bytes, value))
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def _on_cpu(value: Any) -> Any:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nanorun.config import RunConfig
 from nanorun.errors import UserError, shown
 from nanorun.files import write_whole
@@ -42,7 +44,7 @@ def check_run_name(name: str) -> None:
     """Raise UserError unless `name` is that of a folder right under the folder of runs."""
     if not _RUN_NAME.fullmatch(name):
         raise UserError(
-            f"--run {shown(name)[:100]!r}: wanted the name of one folder, of letters, digits, dots, dashes and "
+            f"--run-name {shown(name)[:100]!r}: wanted the name of one folder, of letters, digits, dots, dashes and "
             "underscores, at most 100, a letter or digit first"
         )
 
@@ -61,6 +63,8 @@ def begun_before(config: RunConfig, *, runs: Path, name: str, ranks: Ranks) -> B
         elif restarted:
             with suppress(OSError):
                 found = _look_into(runs / _note(runs, config).read_text(), config)
+        else:
+            _forget_earlier_jobs(runs)
     return Begun(**json.loads(ranks.broadcast_text(json.dumps(asdict(found)))))
 
 
@@ -70,12 +74,26 @@ def note_for_restarts(folder: Path, config: RunConfig) -> None:
         write_whole(_note(folder.parent, config), folder.name, mend="free some disk")
 
 
+def _forget_earlier_jobs(runs: Path) -> None:
+    """Remove the notes of a torchrun that had the same id before this one: its seeds are not ours to take up."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with suppress(OSError, psutil.Error):
+        began = psutil.Process(os.getppid()).create_time()
+        for note in (runs / RESTARTS).glob(f"{_job()}-{'[0-9a-f]' * 16}"):
+            if note.stat().st_mtime < began:
+                note.unlink()
+
+
 def _note(runs: Path, config: RunConfig) -> Path:
+    return runs / RESTARTS / f"{_job()}-{checkpoint.hash_of_text(to_toml(config.model_dump()))[:16]}"
+
+
+def _job() -> str:
     # Without an id of its own a torchrun is told from others by its process, which outlives its workers.
     agent = os.environ["TORCHELASTIC_RUN_ID"]
     agent = f"{agent}-{os.getppid()}" if agent == "none" else agent
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", agent)[:80]
-    return runs / RESTARTS / f"{safe}-{checkpoint.hash_of_text(to_toml(config.model_dump()))[:16]}"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", agent)[:80]
 
 
 def _look_into(folder: Path, config: RunConfig) -> Begun:
@@ -102,7 +120,7 @@ def _check_same_config(folder: Path, config: RunConfig) -> None:
         more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
         raise UserError(
             f"{folder} is another run: {key} = {there.get(key)!r} there, and {asked.get(key)!r} is asked for{more}. "
-            "Choose another --run NAME, or leave the option out"
+            "Choose another --run-name NAME, or leave the option out"
         )
 
 

@@ -48,19 +48,31 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def train(
-    config: RunConfig, track: Track, options: Options, console: Console, *, resume: Path | None = None
+    config: RunConfig,
+    track: Track,
+    options: Options,
+    console: Console,
+    *,
+    resume: Path | None = None,
+    more_follow: bool = False,
 ) -> dict[str, Any]:
     """Return what `--json` prints of a run trained to its declared last step.
 
-    `resume` is the folder of a run to take up again. Raises UserError, RunFailed (not finite, target missed under
+    `resume` is the folder of a run to take up again. Where more runs follow, a signal that came when this one was
+    all but finished raises Stopped once it is. Raises UserError, RunFailed (not finite, target missed under
     `require_target`) or Stopped (a signal came; a checkpoint was saved).
     """
     with machine.deterministic_algorithms(options.deterministic):
-        return _train(config, track, options, console, resume)
+        return _train(config, track, options, console, resume, more_follow)
 
 
 def _train(
-    config: RunConfig, track: Track, options: Options, console: Console, resume: Path | None
+    config: RunConfig,
+    track: Track,
+    options: Options,
+    console: Console,
+    resume: Path | None,
+    more_follow: bool,
 ) -> dict[str, Any]:
     device = distributed.pick_device(options.device)
     ranks = distributed.join(device.type)
@@ -75,18 +87,21 @@ def _train(
             begun = begun_before(config, runs=options.runs, name=options.run, ranks=ranks)
             if begun.result is not None:
                 say(console, f"{begun.folder} is finished already; its result once more")
+                _check_target(begun.result, track, options)
                 return begun.result
         clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
         distributed.tell_phase(lambda: clock.reason)
         with clock.paused("setup"):
-            saved = read_saved(begun, console)
+            saved = read_saved(begun, console, ranks)
             run = set_up(config, track, options, console, clock, device, ranks, begun)
         if place is None:
             held.enter_context(alone(run.folder, ranks))
-        return _carry_out(run, saved, begun)
+        return _carry_out(run, saved, begun, more_follow)
 
 
-def _carry_out(run: Run, saved: checkpoint.Checkpoint | None, begun: Begun) -> dict[str, Any]:
+def _carry_out(
+    run: Run, saved: checkpoint.Checkpoint | None, begun: Begun, more_follow: bool
+) -> dict[str, Any]:
     """Return what `train` does of a run that is set up and whose folder is held."""
     with _listening(run), ExitStack() as stack:
         stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
@@ -104,7 +119,7 @@ def _carry_out(run: Run, saved: checkpoint.Checkpoint | None, begun: Begun) -> d
         with _naming_what_is_saved(run):
             _loop(run, progress, rows)
         stack.pop_all().close()
-        return _finish(run)
+        return _finish(run, more_follow)
 
 
 @contextmanager
@@ -269,8 +284,12 @@ def _bad_step(run: Run, step: int, result: StepResult | None) -> RunFailed:
 def _keep_to_look_at(run: Run, name: str, what: dict[str, Any]) -> str:
     """Write a checkpoint that is none to resume from, and return the sentence that names it."""
     snapshot = _snapshot(run, what)
-    if snapshot is None:
-        return ""
+    kept = "" if snapshot is None else _written_to_look_at(run, name, snapshot)
+    run.ranks.wait()  # torchrun gives the rank that writes 30 s once another has failed
+    return kept
+
+
+def _written_to_look_at(run: Run, name: str, snapshot: checkpoint.Snapshot) -> str:
     with suppress(UserError):  # a full disk is not what this run failed of
         run.saver.wait()
     try:
@@ -386,7 +405,7 @@ def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
             sink.close()
 
 
-def _finish(run: Run) -> dict[str, Any]:
+def _finish(run: Run, more_follow: bool) -> dict[str, Any]:
     with run.clock.paused("checkpoint"):
         _save(run, wait=True)
     clock = run.clock.seconds()
@@ -403,15 +422,23 @@ def _finish(run: Run) -> dict[str, Any]:
             json.dumps(result, indent=1),
             mend=f"free some disk, then {resume_command(run)}",
         )
-    run.ranks.wait()  # nobody leaves the group while another still writes
+    # Nobody leaves the group while another still writes.
+    stop_asked = run.ranks.any(run.stop_asked)
     _say_result(run, result)
-    if run.options.require_target and not result["final_val_loss"] <= run.track.target_val_loss:
+    _check_target(result, run.track, run.options)
+    if stop_asked and more_follow:
+        raise Stopped(f"stopped when {run.folder} was finished")
+    return result
+
+
+def _check_target(result: dict[str, Any], track: Track, options: Options) -> None:
+    """Raise RunFailed where a finished run missed the target that it is required to reach."""
+    if options.require_target and not result["final_val_loss"] <= track.target_val_loss:
         missed = RunFailed(
-            f"the last validation reads {result['final_val_loss']:.4f}, above the required {run.track.target_val_loss}"
+            f"the last validation reads {result['final_val_loss']:.4f}, above the required {track.target_val_loss}"
         )
         missed.result = result
         raise missed
-    return result
 
 
 def _say_result(run: Run, result: dict[str, Any]) -> None:

@@ -275,7 +275,8 @@ class Watch:
     def _stop(self, text: str, blamed: Sequence[int]) -> None:
         """End this process, the main thread of which may never come back."""
         if self._rank == min(set(range(self._n_ranks)) - set(blamed), default=0):
-            print(f"nanorun: failed: {text}; stopping", file=sys.stderr, flush=True)
+            how_long = "NANORUN_HANG_SECONDS says after how long"
+            print(f"nanorun: failed: {text}; stopping ({how_long})", file=sys.stderr, flush=True)
         else:
             time.sleep(BEAT_SECONDS)  # one rank says it for all
         os._exit(1)
