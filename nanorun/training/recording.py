@@ -6,18 +6,25 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
+from nanorun.files import write_whole
+from nanorun.records.record import FORMAT_VERSION, RECORD_ID, Record, read_record, record_id, write_record
 from nanorun.tables import to_toml
 from nanorun.training import machine
-from nanorun.training.setup import Run, mix_of, read_patch
+from nanorun.training.setup import ELSEWHERE, Run, mix_of, read_patch
+
+RECORD_NOTE = "record"
+"""In the run's folder: the id of the record that it becomes."""
 
 
 def write(run: Run, result: dict[str, Any]) -> Path:
     """Write the record of a finished run under its records' folder and return the record's own folder.
 
-    `result` is what `--json` prints of the run. Raises UserError where the disk refuses.
+    `result` is what `--json` prints of the run. A run that was killed after it had written its record writes no second
+    one. Raises UserError where the disk refuses.
     """
     config = run.config
+    if (there := _written_before(run, result)) is not None:
+        return there
     created = datetime.datetime.now(datetime.UTC)
     content = {
         "format_version": FORMAT_VERSION,
@@ -37,12 +44,26 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         **_readings(run, result),
     }
     content["id"] = record_id(created.date().isoformat(), config.name, content)
+    write_whole(run.folder / RECORD_NOTE, content["id"], mend=ELSEWHERE)
     return write_record(
         run.options.records,
         Record.from_dict(content),
         config_toml=to_toml(config.model_dump()),
         source_patch=read_patch(run.folder),
     )
+
+
+def _written_before(run: Run, result: dict[str, Any]) -> Path | None:
+    """Return the record of this run that an earlier part of it has written; None where there is none."""
+    try:
+        name = (run.folder / RECORD_NOTE).read_text()
+        if not RECORD_ID.fullmatch(name):
+            return None
+        folder = run.options.records / run.track.name / name
+        record = read_record(folder)
+    except (OSError, ValueError):  # UserError is a ValueError
+        return None
+    return folder if record.final_weights_sha256 == result["final_weights_sha256"] else None
 
 
 def _corpus(run: Run) -> dict[str, Any]:
