@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "14M muon": (
         "shakespeare-sprint",
         "muon",
-        ["model.n_layer=8", "model.n_head=6", "model.n_embd=384", "train.batch_tokens=4096"],
+        ["model.n_layer=8", "model.n_head=6", "model.n_embd=384", "train.batch_tokens=1024"],
     ),
 }
 
@@ -112,8 +112,8 @@ def main(words: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", action="append", choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=20, help="steps of a block, and so from save to save")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of each kind")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a block, and so from save to save")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of each kind")
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path)

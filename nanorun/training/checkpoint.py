@@ -31,7 +31,7 @@ FILES = ("model.safetensors", "optimizer.pt", "state.json")
 EVALUATION = "evaluation.safetensors"
 """The weights a run is judged by, there only where they are not those it trains (an average, schedule-free)."""
 MANIFEST = "manifest.json"
-BACKGROUND_NICENESS = 10
+BACKGROUND_NICENESS = 19
 """Of the thread that writes: where it and a step want the same core, the step has it."""
 
 
