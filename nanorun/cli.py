@@ -799,6 +799,7 @@ def _tell_code(code: int) -> None:
     with suppress(OSError), open(os.environ.get("NANORUN_EXIT_CODE", ""), "r+") as told:
         told.truncate()  # another rank may have written one before
         told.write(str(code))
+        told.truncate()  # another rank may have written a longer one
 
 
 def _hand_over(text: str, out: Path | None) -> None:
@@ -814,7 +815,13 @@ def _hand_over(text: str, out: Path | None) -> None:
 def _console(as_json: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=as_json)
+    class Steadfast(Console):
+        def on_broken_pipe(self) -> None:
+            # Ctrl-C ends the `tee` behind a run first; rich would end the run as well, before its checkpoint.
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    return Steadfast(stderr=as_json)
 
 
 def _print_json(document: Any, as_json: bool) -> None:

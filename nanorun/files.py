@@ -76,14 +76,15 @@ def _try_lock(path: Path) -> int | None:
     try:
         # Whoever held it before may have removed an empty folder.
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # A folder may be a stranger's, and its lock a link to a file of the user's: that is not to be written.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); choose a folder that can, or mend its permissions"
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+        if os.fstat(descriptor).st_ino == os.lstat(path).st_ino:
             with suppress(OSError):  # a full disk: the lock holds all the same
                 os.truncate(descriptor, 0)
                 os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

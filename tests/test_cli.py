@@ -347,3 +347,22 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path):
     assert run.returncode == 75, err
     folder = Path(re.search(r"nanorun train --resume (\S+)", err)[1])
     assert list(folder.glob("checkpoints/step-*/model.safetensors"))
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_no_run(capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    console = cli._console(False)
+    with os.fdopen(writer, "w") as file:
+        console.file = file
+        console.print("stopping after this step")
+        console.print("and on")
+
+
+def test_the_exit_code_of_the_rank_that_ends_last_is_told_whole(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    told.write_text("")
+    monkeypatch.setenv("NANORUN_EXIT_CODE", str(told))
+    for code in (75, 1):
+        cli._tell_code(code)
+        assert told.read_text() == str(code)

@@ -92,6 +92,16 @@ def test_a_folder_that_is_free_again_is_held_without_waiting(tmp_path):
             pass
 
 
+def test_a_lock_that_is_a_link_is_refused_and_where_it_leads_nothing_is_written(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match=r"sent/\.lock: cannot be written"), locked(folder, on_wait=print):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_a_lock_that_cannot_be_made_is_a_users_error(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("")

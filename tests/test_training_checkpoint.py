@@ -180,6 +180,17 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-00000100", "step-00001000"]
 
 
+def test_those_that_were_passed_over_cost_none_that_verifies(tmp_path):
+    for step in (20, 30, 40):
+        saved(tmp_path, step)
+    saver = checkpoint.Saver(tmp_path, run=RUN, keep=2)
+    saver.passed_over = {"step-00000030", "step-00000040"}
+    for step, left in ((25, (20, 25, 30, 40)), (30, (25, 30, 40)), (35, (30, 35, 40)), (40, (35, 40))):
+        saver.begin(snapshot(step))
+        saver.wait()
+        assert names(tmp_path) == [f"step-{one:08d}" for one in left]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     saved(tmp_path, 5, fill=0.5)
     saved(tmp_path, 5, fill=2.0)

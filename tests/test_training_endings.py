@@ -169,6 +169,7 @@ def test_a_run_resumed_on_another_machine_is_a_row_of_its_own(train, stop_in_ste
         resume_run(only_run(), QUIET)
     resume_run(only_run(), QUIET, {"allow_inexact": True})
     (record,) = read_records(Path("records"))[0]
+    assert record.resumed == 1  # what was refused took nothing up
     assert record.hardware.label.partition(" then ")[2].startswith("Other")
     assert record.hardware.label.partition(" then ")[0] == record.hardware.earlier != ""
     assert record.inexact.startswith("after step 2: hardware ")
@@ -454,16 +455,20 @@ def test_a_run_is_not_taken_up_again_on_another_corpus(train, stop_in_step, tmp_
         train_seeds("text", "muon", settings, 0, 1, {"data": tmp_path / "one"}, QUIET)
     with pytest.raises(UserError, match="was trained on a prepared corpus with sha256"):
         resume_run(only_run(), QUIET, {"data": tmp_path / "other"})
-    assert resume_run(only_run(), QUIET, {"data": tmp_path / "one"})["steps"] == 4
+    # What was refused is not kept.
+    assert resume_run(only_run(), QUIET)["steps"] == 4
 
 
 def test_a_run_whose_record_found_no_room_is_recorded_elsewhere_on_resuming(train, tmp_path):
     (tmp_path / "records").write_text("in the way")
     with pytest.raises(UserError, match="choose another folder with --records"):
         train()
+    last = only_run() / "checkpoints/step-00000006"
+    before = last.stat().st_ino
     result = resume_run(only_run(), QUIET, {"records": tmp_path / "elsewhere"})
     assert len(read_records(tmp_path / "elsewhere")[0]) == 1
     assert result["steps"] == 6
+    assert last.stat().st_ino == before  # not for a moment without a checkpoint
 
 
 def test_a_stopped_series_of_seeds_names_those_that_are_left(train, stop_in_step):
@@ -523,7 +528,7 @@ def test_the_same_command_takes_a_named_run_up_again_and_then_says_its_result(tr
     assert resumed["final_weights_sha256"] == whole["final_weights_sha256"]
     out = io.StringIO()
     assert train(**NAMED, console=Console(file=out, width=400)) == resumed
-    assert "runs/mine is finished already" in out.getvalue()
+    assert f"runs/mine is finished already: {resumed['final_val_loss']:.4f} nats a token" in out.getvalue()
     assert len(read_records(Path("records"))[0]) == 2
 
 
@@ -537,8 +542,13 @@ def test_a_named_run_that_ended_before_it_saved_anything_begins_again(train, mon
         train(**NAMED)
     monkeypatch.setattr(Stepper, "step", real)
     assert len(metrics("runs/mine")) == 3
-    assert train(**NAMED)["final_weights_sha256"] == whole["final_weights_sha256"]
+    began = Path("runs/mine/config.toml").stat().st_mtime
+    os.utime("runs/mine/metrics.jsonl", (began + 30, began + 30))
+    again = train(**NAMED)
+    assert again["final_weights_sha256"] == whole["final_weights_sha256"]
     assert metrics("runs/mine") == metrics(whole["run"])
+    assert again["clock"]["lost_seconds"] == pytest.approx(30, abs=0.01)
+    assert {record.resumed for record in read_records(Path("records"))[0]} == {0, 1}
 
 
 def test_a_named_run_is_not_taken_up_with_another_config(train, stop_in_step):
@@ -667,3 +677,122 @@ def test_seconds_of_work_that_were_lost_are_told_apart_from_those_counted(train,
     (record,) = read_records(Path("records"))[0]
     assert record.resumed == 2
     assert record.clock["train_seconds"] < 20.0
+
+
+def test_a_named_run_that_cannot_begin_again_keeps_what_is_there(train, monkeypatch):
+    poison(monkeypatch, 2)
+    with pytest.raises(RunFailed):
+        train(**NAMED)
+    monkeypatch.setattr("wandb.init", lambda **options: (_ for _ in ()).throw(RuntimeError("no login")))
+    with pytest.raises(UserError, match="wandb cannot start"):
+        train(wandb="online", **NAMED)
+    assert (Path("runs/mine/bad-step-00000002") / "manifest.json").is_file()
+
+
+def test_a_named_folder_that_holds_anything_but_a_run_is_refused_and_stays(train):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/notes.txt").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"runs/mine holds no run .*but notes\.txt: choose another --run NAME"
+    ):
+        train(**NAMED)
+    assert [path.name for path in Path("runs/mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_a_run_left_as_it_began_is_taken(train):
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/.config.toml.7.partial").write_text("half")
+    assert train(**NAMED)["steps"] == 6
+
+
+def test_a_finished_run_that_missed_a_required_target_misses_it_when_asked_again(train):
+    for _ in range(2):
+        with pytest.raises(RunFailed, match=r"above the required 1\.88"):
+            train(require_target=True, **NAMED)
+    assert len(read_records(Path("records"))[0]) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"final_val_loss": NaN}', "[" * 50_000, "\udcff", '{"fin'])
+def test_a_result_that_is_none_is_named(train, content):
+    train(**NAMED)
+    Path("runs/mine/result.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"runs/mine/result\.json is broken .*remove it"):
+        train(**NAMED)
+
+
+def test_a_run_that_was_killed_between_its_record_and_its_result_writes_no_second_record(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("nanorun.training.train.write_whole", lambda *words, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train()
+    result = resume_run(only_run(), QUIET)
+    (record,) = read_records(Path("records"))[0]
+    assert Path(result["record"]).name == record.id
+
+
+@pytest.mark.parametrize("noted", ["../../elsewhere", "..", "", "gone"])
+def test_a_note_of_a_restart_leads_to_no_folder_elsewhere(train, monkeypatch, noted):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    train()
+    (note,) = Path("runs/.torchrun").iterdir()
+    note.write_text(noted)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Path(train()["run"]).parent == Path("runs")
+    assert not Path("elsewhere").exists()
+
+
+def test_interruptions_that_are_none_are_not_counted(train, stop_in_step):
+    stop_in_step(2)
+    with pytest.raises(Stopped):
+        train()
+    lines = (b"\xff", b"[" * 50_000, b'{"at": "x"}', b'{"at": 1, "after_step": 1, "lost_seconds": NaN}')
+    (only_run() / "interruptions.jsonl").write_bytes(b"\n".join(lines))
+    resume_run(only_run(), QUIET)
+    (record,) = read_records(Path("records"))[0]
+    assert record.resumed == 1
+
+
+def interrupt(*words, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["set_up", "compile_if_it_pays", "recording.write"])
+def test_ctrl_c_outside_the_steps_names_the_checkpoint_there_is(train, stop_in_step, monkeypatch, where):
+    stop_in_step(3)
+    with pytest.raises(Stopped):
+        train(**NAMED)
+    monkeypatch.setattr(f"nanorun.training.train.{where}", interrupt)
+    for again in (lambda: train(**NAMED), lambda: resume_run(Path("runs/mine"), QUIET)):
+        with pytest.raises(Stopped, match=r"stopped at once.*with: nanorun train --resume runs/mine$"):
+            again()
+
+
+def test_a_signal_that_comes_while_a_line_is_written_stops_the_run_all_the_same(train, stop_in_step):
+    class Busy(io.StringIO):
+        def write(self, text):
+            if "stopping after" in text:
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+            return super().write(text)
+
+    stop_in_step(3)
+    with pytest.raises(Stopped, match="stopped after step 3 of 6"):
+        train(console=Console(file=Busy(), width=400))
+
+
+def test_a_damaged_newer_checkpoint_costs_no_older_one(train, stop_in_step):
+    stop_in_step(5)
+    with pytest.raises(Stopped):
+        train("checkpoint.every_steps=3", "checkpoint.keep=2")
+    checkpoints = only_run() / "checkpoints"
+    (checkpoints / "step-00000005" / "state.json").write_text("{}")
+    stop_in_step(4)
+    with pytest.raises(Stopped, match="stopped after step 4"):
+        resume_run(only_run(), QUIET)
+    assert sorted(path.name[-1] for path in checkpoints.iterdir()) == ["3", "4", "5"]
+
+
+def test_data_whose_preparation_was_interrupted_is_named(tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "journal.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"half: its preparation was interrupted; run the same"):
+        train_seeds("sotu", None, [], 0, 1, {"data": tmp_path / "half"}, QUIET)

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
+from nanorun.errors import UserError
 from nanorun.training import progress
 from nanorun.training.progress import MetricsFile, RunProgress
 
@@ -124,3 +126,19 @@ def test_wandb_offline_writes_a_run_folder_with_every_loss(tmp_path, shakespeare
     assert logged["val_loss"] == [result["final_val_loss"]]
     assert logged["loss"] == [row["loss"] for row in rows(folder / "metrics.jsonl") if "loss" in row]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_full_disk_is_told_once_with_the_command_that_goes_on(tmp_path):
+    file = progress.MetricsFile(tmp_path / "metrics.jsonl", after_step=0)
+    file._file.close()
+    file._file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"No space left on device.*nanorun train --resume"):
+        file.write({"step": 1})
+    file.close()
+
+
+def test_lines_of_metrics_that_are_none_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 2}\n{"step": 3}\n{"st')
+    progress.MetricsFile(path, after_step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

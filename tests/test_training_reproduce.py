@@ -765,7 +765,7 @@ def handled():
 
 @pytest.mark.parametrize(
     ("sent", "arrives"),
-    [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")],
+    [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGHUP", "SIGTERM")],
 )
 def test_a_signal_reaches_the_run_in_its_checkout_once(tmp_path, sent, arrives, handled):
     code = (

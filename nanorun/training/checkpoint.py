@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +91,20 @@ def weights_sha256(model: torch.nn.Module) -> str:
 
 
 def write(
-    folder: Path, snapshot: Snapshot, *, run: str, keep: int, name: str = "", also: Path | None = None
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    run: str,
+    keep: int,
+    name: str = "",
+    also: Path | None = None,
+    passed_over: Collection[str] = (),
 ) -> Path:
     """Write `folder/step-<step>` whole or not at all, drop all but the newest `keep`, return its path.
 
     `run` says which run it belongs to. A checkpoint with a `name` of its own is none that is resumed from or dropped.
-    `also` is a file that has to have reached the disk before the checkpoint counts.
+    `also` is a file that has to have reached the disk before the checkpoint counts. `passed_over` are the names of
+    checkpoints that do not verify: they take the place of none that is kept.
     Raises UserError when the disk refuses; earlier checkpoints stay as they were.
     """
     final = folder / (name or f"step-{snapshot.step:08d}")
@@ -118,7 +126,8 @@ def write(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
             "Free some disk, or move the run with --runs DIR"
         ) from None
-    for old in checkpoints(folder)[keep:]:
+    whole = [one for one in checkpoints(folder) if one == final or one.name not in passed_over]
+    for old in whole[keep:]:
         _remove(old)
     return final
 
@@ -165,6 +174,8 @@ class Saver:
     def __init__(self, folder: Path, *, run: str, keep: int, also: Path | None = None) -> None:
         """`also` is as in `write`: the metrics up to the checkpoint."""
         self.folder, self.run, self.keep, self.also = folder, run, keep, also
+        self.passed_over: set[str] = set()
+        """Names of newer checkpoints than the one that the run was taken up from."""
         self._thread: threading.Thread | None = None
         self._problem: UserError | None = None
 
@@ -203,7 +214,15 @@ class Saver:
         with suppress(OSError, AttributeError):  # Linux has a niceness for each thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
         try:
-            write(self.folder, snapshot, run=self.run, keep=self.keep, also=self.also)
+            written = write(
+                self.folder,
+                snapshot,
+                run=self.run,
+                keep=self.keep,
+                also=self.also,
+                passed_over=self.passed_over,
+            )
+            self.passed_over.discard(written.name)
         except UserError as error:
             self._problem = error
         except Exception as error:  # a thread's error would be lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,12 +92,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
+        if path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= after_step:
                         kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # a line cut off when the run was killed
         write_whole(path, "".join(kept), mend="free some disk, or choose another folder with --runs")
         self._path, self._file = path, path.open("a")
@@ -112,7 +113,10 @@ class MetricsFile:
             ) from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(
+            OSError
+        ):  # of a full disk `write` has told, and what it could not write is tried once more
+            self._file.close()
 
 
 class WandbRun:

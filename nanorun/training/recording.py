@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import datetime
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nanorun.files import write_whole
-from nanorun.records.record import FORMAT_VERSION, Record, record_id, write_record
+from nanorun.records.record import FORMAT_VERSION, RECORD_ID, Record, read_record, record_id, write_record
 from nanorun.tables import to_toml
 from nanorun.training import machine
-from nanorun.training.setup import Run, mix_of, read_patch
+from nanorun.training.setup import ELSEWHERE, Run, mix_of, read_patch
 
-NOTE = "record-id"
-"""In the run's folder: the id of the record that it has, or is about to have."""
+RECORD_NOTE = "record"
+"""In the run's folder: the id of the record that it becomes."""
 
 
 def write(run: Run, result: dict[str, Any]) -> Path:
     """Write the record of a finished run under its records' folder and return the record's own folder.
 
-    `result` is what `--json` prints of the run. A run that was killed right after its record was written has that
-    one, and no second. Raises UserError where the disk refuses.
+    `result` is what `--json` prints of the run. A run that was killed after it had written its record writes no second
+    one. Raises UserError where the disk refuses.
     """
-    note, place = run.folder / NOTE, run.options.records / run.track.name
-    with suppress(OSError, ValueError):
-        name = note.read_text()
-        if name == Path(name).name and (place / name / "record.json").is_file():
-            return place / name
     config = run.config
+    if (there := _written_before(run, result)) is not None:
+        return there
     created = datetime.datetime.now(datetime.UTC)
     content = {
         "format_version": FORMAT_VERSION,
@@ -48,13 +44,26 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         **_readings(run, result),
     }
     content["id"] = record_id(created.date().isoformat(), config.name, content)
-    write_whole(note, str(content["id"]), mend="free some disk, then resume the run")
+    write_whole(run.folder / RECORD_NOTE, content["id"], mend=ELSEWHERE)
     return write_record(
         run.options.records,
         Record.from_dict(content),
         config_toml=to_toml(config.model_dump()),
         source_patch=read_patch(run.folder),
     )
+
+
+def _written_before(run: Run, result: dict[str, Any]) -> Path | None:
+    """Return the record of this run that an earlier part of it has written; None where there is none."""
+    try:
+        name = (run.folder / RECORD_NOTE).read_text()
+        if not RECORD_ID.fullmatch(name):
+            return None
+        folder = run.options.records / run.track.name / name
+        record = read_record(folder)
+    except (OSError, ValueError):  # UserError is a ValueError
+        return None
+    return folder if record.final_weights_sha256 == result["final_weights_sha256"] else None
 
 
 def _corpus(run: Run) -> dict[str, Any]:

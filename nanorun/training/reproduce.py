@@ -549,8 +549,8 @@ def _words_of_a_new_run(plan: Plan, private: Path, tree: Path) -> list[str]:
 def _wait_for(command: list[str], folder: Path, surroundings: dict[str, str]) -> int:
     """Return the exit code of a command whose words go to stderr; SIGINT and SIGTERM reach it once each.
 
-    A terminal that closes reaches it as SIGTERM, unless that is to be ignored, as under nohup: it has no terminal,
-    and would go on without anybody.
+    SIGUSR1, of which code of an older commit would die, reaches it as SIGTERM. So does a terminal that closes, unless
+    that is to be ignored, as under nohup: it has no terminal, and would go on without anybody.
     """
     child = subprocess.Popen(
         command, cwd=folder, env=surroundings, stdout=subprocess.DEVNULL, start_new_session=True
@@ -558,9 +558,9 @@ def _wait_for(command: list[str], folder: Path, surroundings: dict[str, str]) ->
 
     def pass_on(number: int, frame: object) -> None:
         with suppress(ProcessLookupError):
-            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    passed_on = [signal.SIGINT, signal.SIGTERM]
+    passed_on = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         passed_on.append(signal.SIGHUP)
     try:

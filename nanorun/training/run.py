@@ -16,7 +16,7 @@ from nanorun.records.record import RecordError, load_json
 from nanorun.tables import read_toml
 from nanorun.tracks import DEFAULT_PRESET, DEFAULT_TRACK, Track, load_track, preset_names
 from nanorun.training import distributed
-from nanorun.training.setup import Options, say, write_options
+from nanorun.training.setup import Options, say
 from nanorun.training.taking_up import check_run_name
 from nanorun.training.train import train
 from nanorun.training.trust import check_trusted, names_on_the_command_line
@@ -130,8 +130,6 @@ def resume_run(
     options = _options_of(folder, anew or {})
     where = f"the config of {folder}"
     say(console, check_trusted(config, named=(), trust_code=trust_code, where=where))
-    if anew:
-        write_options(folder, options)
     with distributed.taking_part():
         return train(config, load_track(config.track), options, console, resume=folder)
 

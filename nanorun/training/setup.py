@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from nanorun.config import RunConfig, check_fixed
 from nanorun.data.batches import TokenSet, n_validation_windows, open_tokens, rows_per_epoch
 from nanorun.data.mix import Mix, make_mix
 from nanorun.data.prepare import default_out, prepare, prepare_command
-from nanorun.data.shards import Manifest
+from nanorun.data.shards import JOURNAL_NAME, PARTIAL, Manifest
 from nanorun.data.sources import load_source, source_names
 from nanorun.data.text_bytes import PredictedText, predicted_text
 from nanorun.errors import UserError, nearest, printable, shown
@@ -41,7 +40,13 @@ from nanorun.training.distributed import Ranks
 from nanorun.training.outcome import Outcome
 from nanorun.training.saved import check_optimizer, check_state, check_weights, refused
 from nanorun.training.step import Stepper, chosen_precision
-from nanorun.training.taking_up import METRICS, Begun, note_for_restarts, note_interruption
+from nanorun.training.taking_up import (
+    METRICS,
+    Begun,
+    note_for_restarts,
+    note_interruption,
+    remove_new_run,
+)
 from nanorun.training.trust import trust_flag
 
 PATCH = "source.patch"
@@ -108,6 +113,8 @@ class Run:
     stop_asked: bool = False
     flags_read: int = 0
     """Steps whose flags in `bad_steps` were read."""
+    taken_up_at: int = -1
+    """The step of the checkpoint that the run was taken up from."""
 
 
 def set_up(
@@ -218,6 +225,11 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: 
 def _data_folder(config: RunConfig, options: Options) -> Path:
     if (options.data / "manifest.json").exists():
         return options.data
+    if (options.data / JOURNAL_NAME).exists() or any(options.data.glob(f"*{PARTIAL}")):
+        raise UserError(
+            f"{options.data}: its preparation was interrupted; run the same `nanorun prepare-data` command again, "
+            "which goes on where it was"
+        )
     if not _is_corpus(config.data.corpus):
         raise UserError(
             f"{options.data}: no prepared {config.data.corpus!r} here, and this version of nanorun can't make it "
@@ -298,14 +310,13 @@ def _new_folder(config: RunConfig, options: Options, begun: Begun) -> Path:
     base = options.runs / f"{stamp}-{config.track}-{path_word(config.name)}-s{config.seed}"
     folder = Path(begun.folder) if begun.folder else new_folder(base, mend=ELSEWHERE)
     try:
-        if (folder / "config.toml").exists():
-            note_interruption(folder, after_step=0, saved=(folder / "config.toml").stat().st_mtime)
-        else:
+        if not begun.again:
             write_whole(folder / "config.toml", to_toml(config.model_dump()), mend=ELSEWHERE)
         write_options(folder, options)
         note_for_restarts(folder, config)
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not begun.again:
+            remove_new_run(folder)
         raise
     return folder
 
@@ -424,11 +435,12 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             run.model.load_state_dict(saved.model, strict=True)
             run.optimizers.load_state_dict(saved.optimizer)
     run.stepper.refresh_working_copy()
-    run.done = run.flags_read = int(saved.state["step"])
+    run.done = run.flags_read = run.taken_up_at = int(saved.state["step"])
+    newer = (one.name for one in checkpoint.checkpoints(saved.path.parent) if one.name > saved.path.name)
+    run.saver.passed_over.update(newer)
     now_code = run.outcome.code
     run.outcome = Outcome(**saved.state["outcome"])
     run.clock.load_state_dict(saved.state["clock"])
-    lost = _note_interruption(run, saved)
     if run.outcome.code != now_code:
         say(run.console, "note: the run began with other code than this; its record names that code")
     then, now = saved.state["choices"], choices(run)
@@ -437,6 +449,9 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         run.outcome.earlier_hardware = " then ".join([*before, then["hardware"]])
     if then != now:
         _allow_other_bits(run, then, now)
+    if run.ranks.leads:
+        write_options(run.folder, run.options)
+    lost = _note_interruption(run, float(saved.state.get("saved", 0.0)))
     say(
         run.console,
         f"resumed after step {run.done} of {run.config.train.steps} from {saved.path}; {lost:.1f} s of work lost "
@@ -444,13 +459,18 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     )
 
 
-def _note_interruption(run: Run, saved: checkpoint.Checkpoint) -> float:
+def begin_again(run: Run) -> None:
+    """Count what an earlier part of the run took that ended before it saved anything as lost."""
+    began = (run.folder / "config.toml").stat().st_mtime if run.ranks.leads else 0.0
+    lost = _note_interruption(run, began)
+    say(run.console, f"no checkpoint in {run.folder}: the run begins again; {lost:.1f} s of work lost so far")
+
+
+def _note_interruption(run: Run, saved: float) -> float:
     """Tell the seconds lost to interruptions apart from those counted, and return them."""
     lost, times = 0.0, 0
     if run.ranks.leads:
-        lost, times = note_interruption(
-            run.folder, after_step=run.done, saved=float(saved.state.get("saved", 0.0))
-        )
+        lost, times = note_interruption(run.folder, after_step=run.done, saved=saved)
     lost = run.ranks.slowest(lost)
     run.outcome.resumed = round(run.ranks.slowest(times))
     run.clock.set("lost", lost)
@@ -472,13 +492,13 @@ def _allow_other_bits(run: Run, then: dict[str, Any], now: dict[str, Any]) -> No
     run.outcome.inexact = "; ".join([*changes, f"after step {run.done}: {changed}"])
 
 
-def resume_command(run: Run) -> str:
-    """Return the command that takes the run up again."""
-    words = f"nanorun train --resume {shlex.quote(str(run.folder))}{trust_flag(run.config)}"
-    if run.ranks.n_ranks == 1:
+def resume_command(folder: Path, config: RunConfig, ranks: Ranks) -> str:
+    """Return the command that takes the run in a folder up again."""
+    words = f"nanorun train --resume {shlex.quote(str(folder))}{trust_flag(config)}"
+    if ranks.n_ranks == 1:
         return words
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.n_ranks))
-    hosts = f"--nnodes {run.ranks.n_ranks // here} … " if here < run.ranks.n_ranks else ""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.n_ranks))
+    hosts = f"--nnodes {ranks.n_ranks // here} … " if here < ranks.n_ranks else ""
     return f"torchrun {hosts}--nproc-per-node {here} -m {words}"
 
 

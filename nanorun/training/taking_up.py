@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import time
 import tomllib
 from contextlib import suppress
@@ -16,7 +18,8 @@ import psutil
 
 from nanorun.config import RunConfig
 from nanorun.errors import UserError, shown
-from nanorun.files import write_whole
+from nanorun.files import LOCK_NAME, write_whole
+from nanorun.records.record import RecordError, load_json
 from nanorun.tables import flattened, read_toml, to_toml
 from nanorun.training import checkpoint
 from nanorun.training.distributed import Ranks
@@ -25,6 +28,7 @@ RESTARTS = ".torchrun"
 """Under the folder of runs: which run each of torchrun's workers was on, by torchrun's id and the run's config."""
 INTERRUPTIONS = "interruptions.jsonl"
 METRICS = "metrics.jsonl"
+MOST_LOST_SECONDS = 1e9
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -36,6 +40,8 @@ class Begun:
     """Where the run lies or shall lie; "" lets it take a new folder."""
     resumes: bool = False
     """There is a checkpoint to go on from."""
+    again: bool = False
+    """A run began there that ended before it saved anything; it begins once more."""
     result: dict[str, Any] | None = None
     """What a finished run ended with."""
 
@@ -62,7 +68,9 @@ def begun_before(config: RunConfig, *, runs: Path, name: str, ranks: Ranks) -> B
             found = _look_into(runs / name, config)
         elif restarted:
             with suppress(OSError):
-                found = _look_into(runs / _note(runs, config).read_text(), config)
+                noted = _note(runs, config).read_text(errors="replace")
+                if noted not in ("", "..") and noted == Path(noted).name:
+                    found = _look_into(runs / noted, config)
         else:
             _forget_earlier_jobs(runs)
     return Begun(**json.loads(ranks.broadcast_text(json.dumps(asdict(found)))))
@@ -98,16 +106,47 @@ def _job() -> str:
 
 def _look_into(folder: Path, config: RunConfig) -> Begun:
     if not (folder / "config.toml").is_file():
+        _check_holds_nothing(folder)
         return Begun(str(folder))
     _check_same_config(folder, config)
+    if not (folder / "result.json").exists():
+        resumes = bool(checkpoint.checkpoints(folder / "checkpoints"))
+        return Begun(str(folder), resumes=resumes, again=not resumes)
     try:
-        return Begun(str(folder), result=json.loads((folder / "result.json").read_text()))
-    except FileNotFoundError:
-        return Begun(str(folder), resumes=bool(checkpoint.checkpoints(folder / "checkpoints")))
-    except ValueError as error:
+        result = load_json(folder / "result.json")
+        if not isinstance(result, dict) or type(result.get("final_val_loss")) not in (int, float):
+            raise RecordError("holds no result of a run")
+    except RecordError as error:
         raise UserError(
             f"{folder}/result.json is broken ({error}): remove it to end the run once more"
         ) from None
+    return Begun(str(folder), result=result)
+
+
+def _check_holds_nothing(folder: Path) -> None:
+    """Raise UserError for a folder that holds something and no run: what lies there is the user's own."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # A run that was killed as it began may have left these.
+    own = [name for name in names if name != LOCK_NAME and not re.fullmatch(r"\.config\..*\.partial", name)]
+    if own:
+        raise UserError(
+            f"{folder} holds no run (no config.toml there), but {shown(own[0])}: choose another --run NAME, or move "
+            "that folder away"
+        )
+
+
+def remove_new_run(folder: Path) -> None:
+    """Remove the files of a run that came to nothing: the config last, the lock, which is held still, not at all.
+
+    What is removed half way is a run that begins again. Whoever holds the lock removes it, and the empty folder.
+    """
+    with suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.toml"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+        folder.rmdir()
 
 
 def _check_same_config(folder: Path, config: RunConfig) -> None:
@@ -132,11 +171,12 @@ def note_interruption(folder: Path, *, after_step: int, saved: float) -> tuple[f
     """
     path = folder / INTERRUPTIONS
     entries = []
-    with suppress(OSError):
-        for line in path.read_text().splitlines():
-            with suppress(ValueError, KeyError, TypeError):  # a line cut off
-                one = json.loads(line)
-                entries.append({"at": float(one["at"]), "lost_seconds": float(one["lost_seconds"]), **one})
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a line cut off
+            one = json.loads(line)
+            at, lost = float(one["at"]), float(one["lost_seconds"])
+            if math.isfinite(at) and 0 <= lost < MOST_LOST_SECONDS:
+                entries.append({"at": at, "after_step": one["after_step"], "lost_seconds": lost})
     alive = saved
     with suppress(OSError):
         alive = max(saved, (folder / METRICS).stat().st_mtime)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,14 @@ from nanorun.training import checkpoint, distributed, machine, recording, shardi
 from nanorun.training.alone import alone
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
+from nanorun.training.distributed import Ranks
 from nanorun.training.evaluate import validation_loss
 from nanorun.training.outcome import as_json
 from nanorun.training.progress import MetricsFile, RunProgress, WandbRun
 from nanorun.training.setup import (
     Options,
     Run,
+    begin_again,
     choices,
     choose_as_before,
     mix_of,
@@ -41,7 +42,7 @@ from nanorun.training.setup import (
     set_up,
 )
 from nanorun.training.step import StepResult
-from nanorun.training.taking_up import METRICS, Begun, begun_before
+from nanorun.training.taking_up import METRICS, Begun, begun_before, remove_new_run
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """The signals that ask a run to save and stop."""
@@ -86,12 +87,14 @@ def _train(
         if resume is None:
             begun = begun_before(config, runs=options.runs, name=options.run, ranks=ranks)
             if begun.result is not None:
-                say(console, f"{begun.folder} is finished already; its result once more")
-                _check_target(begun.result, track, options)
-                return begun.result
+                return _say_again(begun.folder, begun.result, track, options, console)
+            if place is None and begun.folder:
+                place = Path(begun.folder)
+                held.enter_context(alone(place, ranks))
         clock = TrainingClock(synchronise=torch.cuda.synchronize if device.type == "cuda" else _nothing)
         distributed.tell_phase(lambda: clock.reason)
-        with clock.paused("setup"):
+        naming = _naming_what_is_saved(Path(begun.folder), config, ranks) if begun.resumes else nullcontext()
+        with clock.paused("setup"), naming:
             saved = read_saved(begun, console, ranks)
             run = set_up(config, track, options, console, clock, device, ranks, begun)
         if place is None:
@@ -103,7 +106,8 @@ def _carry_out(
     run: Run, saved: checkpoint.Checkpoint | None, begun: Begun, more_follow: bool
 ) -> dict[str, Any]:
     """Return what `train` does of a run that is set up and whose folder is held."""
-    with _listening(run), ExitStack() as stack:
+    told = _naming_what_is_saved(run.folder, run.config, run.ranks, run)
+    with _listening(run), told, ExitStack() as stack:
         stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
         with _leaving_no_empty_folder(run, begun):
             asked = choose_as_before(run, saved) if saved else run.config.train.compile
@@ -114,26 +118,32 @@ def _carry_out(
             with run.clock.paused("setup"):
                 if saved:
                     restore(run, saved)
+                elif begun.again:
+                    begin_again(run)
                 progress, rows = _open_outputs(run, stack)
                 run.ranks.wait()
-        with _naming_what_is_saved(run):
-            _loop(run, progress, rows)
+        _loop(run, progress, rows)
         stack.pop_all().close()
         return _finish(run, more_follow)
 
 
 @contextmanager
-def _naming_what_is_saved(run: Run) -> Iterator[None]:
-    """Say from where a run can be taken up again that a second Ctrl-C stopped at once."""
+def _naming_what_is_saved(
+    folder: Path, config: RunConfig, ranks: Ranks, run: Run | None = None
+) -> Iterator[None]:
+    """Say from where a run can be taken up again that Ctrl-C stopped at once: before its steps, or the second time."""
     try:
         yield
     except KeyboardInterrupt:
-        run.saver.close()
-        if not checkpoint.checkpoints(run.folder / "checkpoints"):
+        where = ""
+        if run is not None:
+            run.saver.close()
+            where = f", after step {run.done} of {config.train.steps}"
+        if not checkpoint.checkpoints(folder / "checkpoints"):
             raise
         raise Stopped(
-            f"stopped at once, after step {run.done} of {run.config.train.steps}. Resume from the newest checkpoint "
-            f"with: {resume_command(run)}"
+            f"stopped at once{where}. Resume from the newest checkpoint with: "
+            f"{resume_command(folder, config, ranks)}"
         ) from None
 
 
@@ -143,8 +153,8 @@ def _leaving_no_empty_folder(run: Run, begun: Begun) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if run.ranks.leads and not begun.resumes:
-            shutil.rmtree(run.folder, ignore_errors=True)
+        if run.ranks.leads and not begun.resumes and not begun.again:
+            remove_new_run(run.folder)
         raise
 
 
@@ -192,7 +202,7 @@ def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None
         if asked_to_stop:
             raise Stopped(
                 f"stopped after step {run.done} of {plan.steps}; a checkpoint is saved. "
-                f"Resume with: {resume_command(run)}"
+                f"Resume with: {resume_command(run.folder, run.config, run.ranks)}"
             )
 
 
@@ -360,8 +370,10 @@ def _listening(run: Run) -> Iterator[None]:
     def ask(number: int, frame: object) -> None:
         if run.stop_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        run.stop_asked = True
-        say(run.console, "stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
+        asked_before, run.stop_asked = run.stop_asked, True
+        if not asked_before:
+            with suppress(RuntimeError, OSError):  # the signal came while a line was being written
+                say(run.console, "stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
 
     try:
         before = {number: signal.signal(number, ask) for number in STOPPING}
@@ -406,8 +418,9 @@ def _close(run: Run, sinks: Sequence[MetricsFile | WandbRun]) -> None:
 
 
 def _finish(run: Run, more_follow: bool) -> dict[str, Any]:
-    with run.clock.paused("checkpoint"):
-        _save(run, wait=True)
+    if run.done != run.taken_up_at:
+        with run.clock.paused("checkpoint"):
+            _save(run, wait=True)
     clock = run.clock.seconds()
     run.optimizers.to_evaluation()
     weights = checkpoint.weights_sha256(run.model)
@@ -420,25 +433,39 @@ def _finish(run: Run, more_follow: bool) -> dict[str, Any]:
         write_whole(
             run.folder / "result.json",
             json.dumps(result, indent=1),
-            mend=f"free some disk, then {resume_command(run)}",
+            mend=f"free some disk, then {resume_command(run.folder, run.config, run.ranks)}",
         )
     # Nobody leaves the group while another still writes.
     stop_asked = run.ranks.any(run.stop_asked)
     _say_result(run, result)
-    _check_target(result, run.track, run.options)
+    _checked(result, run.track, run.options)
     if stop_asked and more_follow:
         raise Stopped(f"stopped when {run.folder} was finished")
     return result
 
 
-def _check_target(result: dict[str, Any], track: Track, options: Options) -> None:
-    """Raise RunFailed where a finished run missed the target that it is required to reach."""
+def _say_again(
+    folder: str, result: dict[str, Any], track: Track, options: Options, console: Console
+) -> dict[str, Any]:
+    """Return what a finished run ended with, after saying it once more; it fails once more if it failed."""
+    record = f", record {result['record']}" if result.get("record") else ""
+    say(
+        console,
+        f"{folder} is finished already: {result['final_val_loss']:.4f} nats a token after {result.get('steps')} steps"
+        f"{record}",
+    )
+    return _checked(result, track, options)
+
+
+def _checked(result: dict[str, Any], track: Track, options: Options) -> dict[str, Any]:
+    """Return a result; RunFailed where it misses a target that it was to reach."""
     if options.require_target and not result["final_val_loss"] <= track.target_val_loss:
         missed = RunFailed(
             f"the last validation reads {result['final_val_loss']:.4f}, above the required {track.target_val_loss}"
         )
         missed.result = result
         raise missed
+    return result
 
 
 def _say_result(run: Run, result: dict[str, Any]) -> None:
