@@ -124,7 +124,7 @@ def write(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
-            "Free some disk, or move the run with --runs DIR"
+            "Free some disk"
         ) from None
     whole = [one for one in checkpoints(folder) if one == final or one.name not in passed_over]
     for old in whole[keep:]:
