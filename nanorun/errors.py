@@ -36,6 +36,11 @@ def nearest(word: str, known: list[str]) -> str:
     return f" Did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def printable(text: str) -> str:
     """Return `text` with control characters, line breaks aside, shown as escapes: names come from files."""
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_step import make_run
+from figures import write_figures
 
 from nanorun.training import checkpoint
-from nanorun.training.machine import hardware, software
 from nanorun.training.setup import Run
 
 CASES: dict[str, tuple[str, str, list[str]]] = {
@@ -124,13 +122,7 @@ def main(words: Sequence[str] | None = None) -> None:
             rows.append(measure(name, arguments, folder))
         print(json.dumps(rows[-1]), flush=True)
     if arguments.out:
-        document = {
-            "hardware": hardware(torch.device("cpu"), 1),
-            "software": software(False),
-            "command": " ".join(["python scripts/bench_checkpoint.py", *(words or sys.argv[1:])]),
-            "rows": rows,
-        }
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        write_figures(arguments.out, "bench_checkpoint.py", words, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,17 @@ Mounting takes root; without it the script says so and ends with 0, or with 1 un
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from kill_runs import Case, differences, make_place, run_to_the_end, start, wait
+from figures import write_figures
+from kill_runs import Case, a_place, differences, run_to_the_end, start, wait
 
 from nanorun.errors import UserError
 from nanorun.training import checkpoint
-from nanorun.training.machine import hardware, software
 
 CASE = Case("muon", "ema")
 ROOMY_KIB = 65536
@@ -89,7 +85,6 @@ def try_disk(kib: int, disk: Path, whole: Path, log: Path) -> Outcome:
 
 def try_disks(sizes: Sequence[int], folder: Path) -> list[Outcome]:
     disk, log = folder / "disk", folder / "log"
-    make_place(folder)
     run_to_the_end(CASE.words("whole"), log)
     outcomes = []
     for kib in sizes:
@@ -112,33 +107,17 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     step = (arguments.last - arguments.first) / max(1, arguments.disks - 1)
     sizes = [round(arguments.first + step * index) for index in range(arguments.disks)]
-    back = Path.cwd()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with a_place() as folder:
         (folder / "disk").mkdir()
         if reason := why_not(folder / "disk"):
             print(f"skipped: no disk can be mounted here ({reason})")
             return int(arguments.require)
-        os.chdir(folder)
-        try:
-            outcomes = try_disks(sizes, folder)
-        finally:
-            os.chdir(back)
+        outcomes = try_disks(sizes, folder)
     good = sum(not one.faults for one in outcomes)
     print(f"{len(outcomes)} disks, {sum(one.code == 2 for one in outcomes)} too small; {good} lost nothing")
     if arguments.out:
-        write_figures(arguments.out, outcomes, words)
+        write_figures(arguments.out, "fill_disk.py", words, disks=[one._asdict() for one in outcomes])
     return 0 if good == len(outcomes) else 1
-
-
-def write_figures(path: Path, outcomes: Sequence[Outcome], words: Sequence[str] | None) -> None:
-    figures: dict[str, Any] = {
-        "hardware": hardware(torch.device("cpu"), 1),
-        "software": software(False),
-        "command": " ".join(["python scripts/fill_disk.py", *(words or sys.argv[1:])]),
-        "disks": [one._asdict() for one in outcomes],
-    }
-    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

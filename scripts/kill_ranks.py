@@ -13,22 +13,17 @@ the ranks were doing then depends on the machine.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import torch
-from kill_runs import Case, differences, forget, lost, make_place
-
-from nanorun.training.machine import hardware, software
+from figures import write_figures
+from kill_runs import Case, a_place, differences, forget, lost
 
 CASE = Case("muon", "accumulation")
 SECONDS_PER_PART = 120.0
@@ -166,27 +161,14 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
-    out, back = arguments.out and arguments.out.resolve(), Path.cwd()
-    folder = Path(tempfile.mkdtemp())
-    os.chdir(folder)
-    try:
-        make_place(folder)
+    with a_place() as folder:
         sizes = (arguments.ranks, arguments.kills, arguments.per_run, arguments.steps)
         outcomes = kill_and_compare(*sizes, random.Random(arguments.seed), folder / "log")
-    finally:
-        os.chdir(back)
-        shutil.rmtree(folder, ignore_errors=True)
     total = sum(len(one["kills"]) for one in outcomes)
     good = sum(len(one["kills"]) for one in outcomes if not one["differs"])
     print(f"{good} of {total} killed ranks left no trace")
-    if out:
-        figures = {
-            "hardware": hardware(torch.device("cpu"), arguments.ranks),
-            "software": software(False),
-            "command": " ".join(["python scripts/kill_ranks.py", *(words or sys.argv[1:])]),
-            "runs": outcomes,
-        }
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+    if arguments.out:
+        write_figures(arguments.out, "kill_ranks.py", words, n_ranks=arguments.ranks, runs=outcomes)
     return 0 if good == total else 1
 
 

@@ -24,16 +24,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from figures import write_figures
 
 from nanorun import cli
 from nanorun.tables import read_toml
 from nanorun.training import checkpoint
-from nanorun.training.machine import hardware, software
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "sotu"
 TRACK = """
@@ -142,6 +143,14 @@ def make_place(folder: Path) -> None:
     place = folder / "configs" / "kills"
     shutil.copytree(PRESETS, place, ignore=shutil.ignore_patterns("search"))
     (place / "track.toml").write_text(TRACK)
+
+
+@contextmanager
+def a_place() -> Iterator[Path]:
+    """Work inside in a new folder with that track; what a process still writes there may stay behind."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, chdir(name):
+        make_place(Path(name))
+        yield Path(name)
 
 
 def start(words: Sequence[str], log: Path) -> int:
@@ -278,35 +287,22 @@ def main(words: Sequence[str] | None = None) -> int:
     cases = [case for case in make_cases(arguments.compiled) if arguments.only in case.name]
     cases = cases[: arguments.cases or None]
     chance, outcomes = random.Random(arguments.seed), []
-    back = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            make_place(Path(folder))
-            for number, (case, kills) in enumerate(
-                zip(cases, share_out(arguments.kills, cases), strict=True)
-            ):
-                outcome = kill_and_compare(case, number, kills, chance, Path(folder) / "log")
-                outcomes.append(outcome)
-                says = ", ".join(outcome.differs) or "same bits"
-                print(
-                    f"{outcome.case:36} {outcome.kills:3} kills, {outcome.while_saving:2} while saving, "
-                    f"{outcome.lost_seconds:6.2f} s of work lost: {says}",
-                    flush=True,
-                )
-        finally:
-            os.chdir(back)
+    with a_place() as folder:
+        for number, (case, kills) in enumerate(zip(cases, share_out(arguments.kills, cases), strict=True)):
+            outcome = kill_and_compare(case, number, kills, chance, folder / "log")
+            outcomes.append(outcome)
+            says = ", ".join(outcome.differs) or "same bits"
+            print(
+                f"{outcome.case:36} {outcome.kills:3} kills, {outcome.while_saving:2} while saving, "
+                f"{outcome.lost_seconds:6.2f} s of work lost: {says}",
+                flush=True,
+            )
     total, saving = sum(one.kills for one in outcomes), sum(one.while_saving for one in outcomes)
     good = sum(one.kills for one in outcomes if not one.differs)
     print(f"{total} kills, {saving} of them while a checkpoint was written; {good} left no trace")
     if arguments.out:
-        figures = {
-            "hardware": hardware(torch.device("cpu"), 1),
-            "software": software(False),
-            "command": " ".join(["python scripts/kill_runs.py", *(words or sys.argv[1:])]),
-            "cases": [one._asdict() for one in outcomes],
-        }
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+        cases_found = [one._asdict() for one in outcomes]
+        write_figures(arguments.out, "kill_runs.py", words, cases=cases_found)
     return 0 if good == total else 1
 
 

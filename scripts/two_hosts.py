@@ -14,23 +14,18 @@ with 0; with --require it ends with 1.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from kill_runs import Case, differences, forget, make_place
-
-from nanorun.training.machine import hardware, software
+from figures import write_figures
+from kill_runs import Case, a_place, differences, forget
 
 CASE = Case("muon", "accumulation")
 HANG_SECONDS = 8
@@ -210,25 +205,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--require", action="store_true", help="fail where namespaces are not allowed")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     arguments = parser.parse_args(words)
-    out, back = arguments.out and arguments.out.resolve(), Path.cwd()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        with ExitStack() as stack:
-            try:
-                names = stack.enter_context(two_hosts())
-            except OSError as error:
-                print(f"skipped: no network namespaces here ({error})")
-                return 1 if arguments.require else 0
-            os.chdir(folder)
-            make_place(folder)
-            figures = try_all(names, folder / "log")
-    finally:
-        os.chdir(back)
-        shutil.rmtree(folder, ignore_errors=True)
-    if out:
-        kept = {"hardware": hardware(torch.device("cpu"), 2), "software": software(False)}
-        kept["command"] = " ".join(["python scripts/two_hosts.py", *(words or sys.argv[1:])])
-        out.write_text(json.dumps({**kept, "hang_seconds": HANG_SECONDS, **figures}, indent=1) + "\n")
+    with a_place() as folder, ExitStack() as stack:
+        try:
+            names = stack.enter_context(two_hosts())
+        except OSError as error:
+            print(f"skipped: no network namespaces here ({error})")
+            return 1 if arguments.require else 0
+        figures = try_all(names, folder / "log")
+    if arguments.out:
+        write_figures(arguments.out, "two_hosts.py", words, n_ranks=2, hang_seconds=HANG_SECONDS, **figures)
     good = not figures["apart_differs"] and not figures["healed_differs"] and figures["named"] == [1, 0]
     return 0 if good else 1
 

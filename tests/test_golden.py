@@ -1,11 +1,10 @@
 """The first losses of every track with an embedded corpus are those that are kept for this version of torch."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from scripts_loader import script
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "golden.py"
 SPRINT = "shakespeare-sprint"
@@ -13,11 +12,8 @@ SPRINT = "shakespeare-sprint"
 
 @pytest.fixture(scope="module")
 def golden():
-    spec = importlib.util.spec_from_file_location("golden_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with script("golden") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

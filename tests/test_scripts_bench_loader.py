@@ -1,8 +1,6 @@
 """The loader's benchmark runs, and its figures are what their names say."""
 
-import importlib.util
 import json
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scripts_loader import script
 
 from nanorun.data.shards import open_shard
 
@@ -19,15 +18,8 @@ TINY = ["model.n_layer=1", "model.n_head=2", "model.n_embd=32", "train.batch_tok
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_loader", SCRIPTS / "bench_loader.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with script("bench_loader") as module:
         yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("bench_step", None)
 
 
 def test_tracks_and_made_up_shards_are_measured_and_the_file_holds_what_was_printed(

@@ -1,12 +1,11 @@
 """The optimizers' benchmark runs for every name, and its figures are what their titles say."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts_loader import script
 
 from nanorun.optim.build import optimizer_names
 
@@ -15,19 +14,11 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_optim", SCRIPTS / "bench_optim.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_optim"] = module
-        spec.loader.exec_module(module)
+    with script("bench_optim") as module:
         # As small as a model can be, so that the test takes a second and not a minute.
         tiny = {"arch": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 8, "context_len": 8}
         module.SIZES["1M"] = (16, tiny)
         yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("bench_optim", None)
 
 
 def test_every_optimizer_is_measured_and_the_file_holds_what_the_table_shows(bench, tmp_path, capsys):

@@ -1,28 +1,20 @@
 """The ranks' benchmark deals out the whole, and its figures fall with the ranks."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from scripts_loader import script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("bench_ranks", SCRIPTS / "bench_ranks.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with script("bench_ranks") as module:
         tiny = {"arch": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "context_len": 8}
         module.SIZES["1M"] = (16, tiny)
         yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("bench_optim", None)
 
 
 def test_state_and_arithmetic_of_all_ranks_are_those_of_one_and_the_largest_part_falls(

@@ -1,20 +1,18 @@
 """No flipped bit, cut, missing or exchanged file of a checkpoint is loaded, by the script that counts them."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from scripts_loader import script
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "flip_bits.py"
 
 
 @pytest.fixture(scope="module")
 def flips():
-    spec = importlib.util.spec_from_file_location("flip_bits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with script("flip_bits") as module:
+        yield module
 
 
 def test_every_kind_of_damage_is_refused_by_name_where_other_formats_load_it_silently(

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts_loader import script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture
-def kill_runs(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import kill_runs
-
-    yield kill_runs
-    sys.modules.pop("kill_runs", None)
+def kill_runs():
+    with script("kill_runs") as module:
+        yield module
 
 
 def run_script(name, *words, folder):

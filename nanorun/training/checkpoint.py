@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanorun.data.shards import sha256_of
-from nanorun.errors import UserError
+from nanorun.errors import UserError, first_line
 from nanorun.training import sharding
 from nanorun.training.saved import check_file, read_optimizer, read_state
 
@@ -121,7 +121,7 @@ def write(
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save reports a full disk as RuntimeError, safetensors as an error of its own.
         shutil.rmtree(beside, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are untouched. "
             "Free some disk"
@@ -275,7 +275,7 @@ def load(path: Path, *, run: str) -> Checkpoint:
     except UserError:
         raise
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read ({reason}); remove this folder to use an older one") from None
 
 

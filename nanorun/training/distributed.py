@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanorun.errors import RankLost, RunFailed, Stopped, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, UserError, first_line
 from nanorun.optim.ownership import Pending
 from nanorun.training.watch import DONE, LOST, PATIENCE, Watch, hang_seconds
 
@@ -275,7 +275,7 @@ def _torchrun_is_parent() -> bool:
 
 def _reason(error: BaseException) -> str:
     """Return an error in one sentence; gloo's begin with a place in its source and end with advice."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0][:300]
 
 

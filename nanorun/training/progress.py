@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nanorun.errors import UserError
+from nanorun.errors import UserError, first_line
 from nanorun.files import write_whole
 
 PLAIN_LINE_SECONDS = 10.0
@@ -135,7 +135,7 @@ class WandbRun:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except Exception as error:  # a missing package, a missing login, no network: each its own class
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"wandb cannot start ({reason[:200]}): use --wandb offline, log in with `wandb login`, or leave "
                 "--wandb off"

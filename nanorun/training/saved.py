@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanorun.errors import UserError, shown
+from nanorun.errors import UserError, first_line, shown
 from nanorun.optim.build import OptimizerSet
 from nanorun.records.record import (
     Code,
@@ -252,7 +252,7 @@ def refused(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return shown((str(error).splitlines() or [type(error).__name__])[0])[:300]
+    return shown(first_line(error))[:300]
 
 
 def _is_seconds(value: object) -> bool:

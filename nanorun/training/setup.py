@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
-import hashlib
 import json
 import os
 import shlex
@@ -332,7 +331,7 @@ def _keep_code(run: Run, resumed: bool) -> dict[str, Any]:
         # A patch of the tree that was too long to keep is not to be taken for whole.
         if code["patch"] or not code["dirty"]:
             patch = (patch or "") + "".join(_as_new_file(*item) for item in sources.items())
-        names = [f"{name} {_short_hash(text)}" for name, text in sources.items()]
+        names = [f"{name} {checkpoint.hash_of_text(text)[:12]}" for name, text in sources.items()]
         code = {**code, "dirty": True, "patch": PATCH if patch else None, "outside": ", ".join(names)}
     if run.ranks.leads and patch is not None and not resumed:
         write_whole(run.folder / PATCH, patch, mend=ELSEWHERE)
@@ -345,10 +344,6 @@ def _as_new_file(name: str, text: str) -> str:
     source = [f"{line}\n" for line in text.removesuffix("\n").split("\n")]
     lines = difflib.unified_diff([], source, "/dev/null", f"b/outside/{name}")
     return f"diff --git a/outside/{name} b/outside/{name}\nnew file mode 100644\n" + "".join(lines)
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_patch(folder: Path) -> str | None:

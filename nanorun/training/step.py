@@ -15,7 +15,7 @@ from nanorun.config import RunConfig
 from nanorun.data.batches import TokenSet
 from nanorun.data.mix import Mix, training_rows
 from nanorun.dropout import row_keys
-from nanorun.errors import UserError
+from nanorun.errors import UserError, first_line
 from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet
 from nanorun.training import sharding
@@ -256,7 +256,7 @@ class Stepper:
             outside = [name for name in self.optimizers.names if ":" in name]
             if not outside or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"

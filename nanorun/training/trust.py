@@ -6,12 +6,12 @@ it runs its code. A preset, or the folder of a run, may come from anybody.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nanorun.config import RunConfig
+from nanorun.data.shards import sha256_of
 from nanorun.errors import UserError, shown
 from nanorun.tables import nested, parse_setting
 
@@ -60,7 +60,7 @@ def _told(name: str) -> str:
     path = Path(where) if where.endswith(".py") else _file_of_package(where)
     if path is None or not path.is_file():
         return f"{shown(name)} (not found here)"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    digest = sha256_of(path)[:12]
     return f"{shown(name)} ({shown(path.resolve())}, sha256 {digest})"
 
 
