@@ -109,13 +109,13 @@ def test_one_rank_keeps_its_gradients_where_they_are():
     assert [p.grad.data_ptr() for p in model.parameters()] == before
 
 
-def test_compiled_code_is_not_compiled_anew_for_the_pass_whose_gradients_leave(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-
+def test_compiled_code_is_not_compiled_anew_for_the_pass_whose_gradients_leave():
     def compiled(model):
         return torch.compile(model, dynamic=False, backend="aot_eager")
 
     model = make_model(MODERN)
-    found, _ = summed(model, Twins(), 4096, forward=compiled(model))
+    # Not monkeypatch: its undoing deletes the setting, and every later recompilation in this process fails.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found, _ = summed(model, Twins(), 4096, forward=compiled(model))
     for grad, want in zip(found, wanted(MODERN), strict=True):
         torch.testing.assert_close(grad, want)
