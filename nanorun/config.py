@@ -38,7 +38,7 @@ ARCH_SWITCHES: dict[str, dict[str, Any]] = {
 }
 """What each `arch` sets; every switch can be set by itself too."""
 
-ROLES = ("embedding", "head", "matrix", "vector")
+ROLES = ("embedding", "table", "head", "matrix", "vector")
 
 MOST_IN_A_MIX = 32
 """Corpora of a mix; the orders of so many are kept in memory."""
@@ -87,6 +87,12 @@ class ModelConfig(_Strict):
     logit_softcap: float = Field(15.0, ge=0)
     """Logits are cap·tanh(logits/cap); 0 turns it off."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    ngrams: list[Annotated[int, Field(ge=2, le=16)]] = Field(default_factory=list)
+    """Lengths of the n-grams of tokens that have embeddings of their own, added to the token's; none by default."""
+    ngram_buckets: int = Field(65536, ge=1)
+    """Rows of the table of each length; n-grams beyond them share rows by a hash."""
+    ngram_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the n-grams' embeddings dropped in training, each whole."""
     rotary_base: float = Field(10000.0, gt=0)
     init_std: float = Field(0.02, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
@@ -97,6 +103,17 @@ class ModelConfig(_Strict):
         if isinstance(values, Mapping):
             return {**ARCH_SWITCHES.get(str(values.get("arch", "modern")), {}), **values}
         return values
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything."""
+        return bool(self.dropout or (self.ngrams and self.ngram_dropout))
+
+    @model_validator(mode="after")
+    def _ngrams_rise(self) -> ModelConfig:
+        if self.ngrams != sorted(set(self.ngrams)):
+            raise ValueError(f"ngrams = {self.ngrams}: wanted different lengths, shortest first")
+        return self
 
     @model_validator(mode="after")
     def _head_divides_width(self) -> ModelConfig:

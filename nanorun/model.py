@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanorun.dropout import dropout, kept, keys_at
+from nanorun.ngrams import NgramEmbedding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nanorun.config import ModelConfig
 
-Role = Literal["embedding", "head", "matrix", "vector"]
+Role = Literal["embedding", "table", "head", "matrix", "vector"]
 
 IGNORED_TARGET = -1
 
@@ -193,6 +194,9 @@ class GPT(nn.Module):
         n_embd = config.n_embd
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(config.context_len, n_embd) if config.positions == "learned" else None
+        self.ngrams = None
+        if config.ngrams:
+            self.ngrams = NgramEmbedding(config.ngrams, config.ngram_buckets, n_embd, vocab_size)
         self.rotary = None
         if config.positions == "rotary":
             assert n_embd // config.n_head % 2 == 0, "rotary positions turn pairs of channels"
@@ -233,8 +237,12 @@ class GPT(nn.Module):
         if self.rotary is not None:
             rotary_T11D = self.rotary.cos_T11D[:n_positions], self.rotary.sin_T11D[:n_positions]
         drops = bool(self.config.dropout) and self.training
+        assert drop_keys_B is not None or not (self.training and self.config.drops), (
+            "a model with dropout needs the keys of its rows to train"
+        )
+        if self.ngrams is not None:
+            x_BTC = x_BTC + self.ngrams(idx_BT, self._ngram_keys(drop_keys_B), self.config.ngram_dropout)
         if drops:
-            assert drop_keys_B is not None, "a model with dropout needs the keys of its rows to train"
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         recompute = self.checkpoint_activations == "block" and self.training and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
@@ -248,6 +256,11 @@ class GPT(nn.Module):
                 x_BTC = block(x_BTC, rotary_T11D, keys_B)
         return x_BTC
 
+    def _ngram_keys(self, drop_keys_B: Tensor | None) -> Tensor | None:
+        if drop_keys_B is None or not (self.training and self.config.ngram_dropout):
+            return None
+        return keys_at(drop_keys_B, len(self.blocks) + 1)
+
     def logits(self, x_C: Tensor) -> Tensor:
         """Return the scores of the next token in fp32, bent smoothly under ±logit_softcap where it is set."""
         weight_VC = self.wte.weight if self.head is None else self.head.weight
@@ -259,8 +272,8 @@ class GPT(nn.Module):
     def initialise(self, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Set every weight as a function of the seed and the shapes, whatever the device or global state.
 
-        Embeddings are N(0, init_std²), biases 0, norm weights 1. Matrices follow one of two rules:
-        GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
+        Embeddings are N(0, init_std²), n-grams' tables and biases 0, norm weights 1. Matrices follow one of two
+        rules: GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
         or, under zero_init_projections, those projections and an untied head 0 and every other matrix
         N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
         `put` writes what was drawn for a parameter, on the host and whole, into it.
@@ -279,6 +292,8 @@ class GPT(nn.Module):
         config = self.config
         if name in ("wte.weight", "wpe.weight"):
             return config.init_std
+        if name == "ngrams.weight":
+            return 0.0
         into_residual = name.endswith("proj.weight")
         if config.zero_init_projections:
             return 0.0 if into_residual or name == "head.weight" else 0.5 / math.sqrt(parameter.size(1))
@@ -294,6 +309,8 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name in ("wte.weight", "wpe.weight"):
                 roles[name] = ParameterRole("embedding", 1)
+            elif name == "ngrams.weight":
+                roles[name] = ParameterRole("table", 1)
             elif name == "head.weight":
                 roles[name] = ParameterRole("head", 1)
             elif parameter.ndim == 2:

@@ -28,9 +28,16 @@ class Config:
     logit_softcap: float = 0.0
     dropout: float = 0.0
     rotary_base: float = 10000.0
+    ngrams: tuple = ()
+    ngram_buckets: int = 4096
+    ngram_dropout: float = 0.0
     init_std: float = 0.02
     mlp_ratio: int = 4
     norm_eps: float = 1e-5
+
+    @property
+    def drops(self):
+        return bool(self.dropout or self.ngram_dropout)
 
 
 GPT2 = Config()

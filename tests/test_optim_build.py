@@ -65,7 +65,7 @@ def test_table_of_options_is_the_constructor(name):
         assert algorithm.module.OPTIONS[parameter.name].default == default
     assert algorithm.module.SUMMARY
     assert algorithm.module.PAPER
-    assert set(algorithm.roles) <= {"embedding", "head", "matrix", "vector"}
+    assert set(algorithm.roles) <= {"embedding", "table", "head", "matrix", "vector"}
 
 
 def test_algorithms_are_the_modules_and_no_helper():

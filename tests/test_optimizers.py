@@ -31,6 +31,7 @@ ISSUED = (
         "adam",
         "amsgrad",
         "adamw",
+        "sparse_adam",
         "nadamw",
         "nadamp",
         "generalized_adam",
@@ -112,9 +113,11 @@ def test_a_variant_refuses_to_be_something_else():
 
 
 def test_every_optimizer_has_a_preset_and_a_search_on_sotu():
+    # Its model has no tables to give to sparse_adam.
+    named = {*ISSUED} - {"sparse_adam"}
     track = load_track("sotu")
-    assert set(preset_names(track)) == set(ISSUED)
-    assert {path.stem for path in (track.folder / "search").glob("*.toml")} == {*ISSUED, "common"}
+    assert set(preset_names(track)) == named
+    assert {path.stem for path in (track.folder / "search").glob("*.toml")} == {*named, "common"}
 
 
 def test_the_command_shows_one_line_for_each_and_a_page_for_one():
@@ -239,7 +242,7 @@ def test_an_edited_file_is_read_anew_and_an_unchanged_one_is_not_run_again(tmp_p
     ("line", "message"),
     [
         ('OPTIONS = {"lr": 0.1}', "OPTIONS must be a dict of names to nanorun.optim.options.Option"),
-        ('ROLES = ("matrices",)', "ROLES has 'matrices': wanted embedding, head, matrix, vector"),
+        ('ROLES = ("matrices",)', "ROLES has 'matrices': wanted embedding, table, head, matrix, vector"),
     ],
 )
 def test_a_module_laid_out_wrongly_is_refused_with_the_mend(tmp_path, line, message):

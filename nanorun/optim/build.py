@@ -22,7 +22,10 @@ from nanorun.optim.averaging import WeightAverage
 from nanorun.optim.options import Option, Variant, check_options
 from nanorun.optim.ownership import Peers, Sharing, parameters_of
 
-ROLE_NAMES = ("embedding", "head", "matrix", "vector")
+ROLE_NAMES = ("embedding", "table", "head", "matrix", "vector")
+
+STANDS_IN = {"table": "embedding"}
+"""The role under whose entry another goes that has none of its own; an optimizer of the first takes the second too."""
 
 _NOT_ALGORITHMS = frozenset(
     {
@@ -108,7 +111,7 @@ def find_algorithm(name: str) -> Algorithm:
         return _outside(name)
     if name in algorithms():
         module = importlib.import_module(f"nanorun.optim.{name}")
-        return Algorithm(name, module.CLASS, module.ROLES, module.OPTIONS, {}, module, False)
+        return Algorithm(name, module.CLASS, _roles(module.ROLES), module.OPTIONS, {}, module, False)
     if name in ELSEWHERE:
         raise UserError(f"{name!r} is no optimizer but {ELSEWHERE[name]}")
     variants = _variants()
@@ -116,12 +119,18 @@ def find_algorithm(name: str) -> Algorithm:
         module = importlib.import_module(f"nanorun.optim.{variants[name]}")
         variant: Variant = module.VARIANTS[name]
         table = variant.options(module.OPTIONS)
-        return Algorithm(name, module.CLASS, module.ROLES, table, variant.held, module, False)
+        return Algorithm(name, module.CLASS, _roles(module.ROLES), table, variant.held, module, False)
     known = sorted([*algorithms(), *variants])
     raise UserError(
         f"unknown optimizer {name!r}: wanted one of {', '.join(known)}, or an outside one as "
         f"'package.module:Class' or 'path/to/file.py:Class'.{nearest(name, known)}"
     )
+
+
+def _roles(named: Iterable[str]) -> tuple[str, ...]:
+    """Return the roles that a module names, and those that go with them."""
+    named = tuple(named)
+    return named + tuple(r for r, other in STANDS_IN.items() if other in named and r not in named)
 
 
 def create(name: str, params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
@@ -211,7 +220,7 @@ def _resolve(
     role: str, members: Members, optim: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Algorithm, dict[str, Any]]:
     """Return the algorithm and the checked options of one role."""
-    key = role if role in optim else "default"
+    key = next((key for key in (role, STANDS_IN.get(role), "default") if key in optim), "default")
     if key not in optim:
         raise UserError(
             f"no optimizer for the role {role!r} ({len(members)} parameters, such as {members[0][0]}): "
@@ -316,7 +325,7 @@ def _outside(name: str) -> Algorithm:
     unknown = [role for role in roles if role not in ROLE_NAMES]
     if unknown:
         raise UserError(f"{name}: its module's ROLES has {unknown[0]!r}: wanted {', '.join(ROLE_NAMES)}")
-    return Algorithm(name, cls, roles, table, {}, module, True)
+    return Algorithm(name, cls, _roles(roles), table, {}, module, True)
 
 
 def _load_external(name: str) -> tuple[type[torch.optim.Optimizer], ModuleType]:

@@ -72,11 +72,27 @@ class Stepper:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         copies = self.precision == "bf16_master" and not self.sharded
         self.working = _bf16_copy(model) if copies else model
+        self._set_sparse(True)
         self.gradients = GradientSum([] if self.sharded else self.working.parameters(), ranks)
         self.forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = self.working
         # No method of this object: a circle would keep the model's memory after the run.
         read = partial(training_rows, tokens, seed=config.seed, context_len=config.model.context_len)
         self.feed = Feed(read, device)
+
+    def _set_sparse(self, wanted: bool) -> None:
+        """Have the tables of n-grams make sparse gradients, or not; never where something could not read them.
+
+        Ranks add up dense gradients, compiled code makes no others, and most optimizers take no others.
+        """
+        tables = self.working.ngrams
+        if tables is not None:
+            reads = any(
+                parameter is tables.weight and getattr(optimizer, "takes_sparse", False)
+                for optimizer in self.optimizers.optimizers
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            )
+            tables.sparse = wanted and reads and self.ranks.n_ranks == 1 and not self.sharded
 
     def _first_guess(self) -> int:
         asked = self.config.train.micro_batch_rows
@@ -110,7 +126,7 @@ class Stepper:
 
     def _with_keys(self, span: Span, pair: Pair) -> tuple[torch.Tensor, ...]:
         """Return inputs and targets of a span's rows and, where the model has dropout, the keys of its masks."""
-        if not self.config.model.dropout:
+        if not self.config.model.drops:
             return pair
         return *pair, row_keys(self.config.seed, span.first_row, span.n_rows, self.device)
 
@@ -153,7 +169,7 @@ class Stepper:
             for master, low in zip(self.model.parameters(), self.working.parameters()):
                 master.grad = None if low.grad is None else low.grad.float()
                 low.grad = None
-        grads = [sharding.rows(p.grad) for p in self.model.parameters() if p.grad is not None]
+        grads = [_numbers(p) for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.stack(torch._foreach_norm(grads)).norm()
         if self.sharded:
             grad_norm = sharding.norm_over_ranks(grad_norm, self.ranks)
@@ -181,11 +197,13 @@ class Stepper:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
         else:
+            self._set_sparse(False)
             self.forward = torch.compile(self.working, dynamic=False)
 
     def forget_compiled(self) -> None:
         """Have the passes run eager code again."""
         self.forward = self.working
+        self._set_sparse(True)
         for block in self.model.blocks:
             block._compiled_call_impl = None
 
@@ -268,6 +286,15 @@ def chosen_precision(asked: str, device: torch.device) -> str:
     if asked == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return asked
+
+
+def _numbers(parameter: torch.Tensor) -> torch.Tensor:
+    """Return what a parameter's gradient holds on this rank, in place: of a sparse one the rows that were read."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return sharding.rows(parameter.grad)
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad.values()
 
 
 def _bf16_copy(model: GPT) -> GPT:
