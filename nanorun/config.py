@@ -131,6 +131,9 @@ class TrainConfig(_Strict):
     """Tokens per optimizer step, all ranks together; a multiple of context_len."""
     micro_batch_rows: int = Field(0, ge=0)
     """Rows of one forward pass on one rank; 0 lets the machine decide."""
+    length_schedule: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Tokens that attention sees at once in equal parts of the run: rows are cut into pieces of so many, which divide
+    context_len. [64, 128, 256] is 64 for the first third of the steps; empty is context_len throughout."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "cyclic"] = "wsd"
     warmup_steps: int = Field(0, ge=0)
     cooldown_fraction: float = Field(0.4, ge=0, le=1)
@@ -209,6 +212,12 @@ class RunConfig(_Strict):
                 f"train.batch_tokens = {self.train.batch_tokens} is not a multiple of "
                 f"model.context_len = {self.model.context_len}"
             )
+        for length in self.train.length_schedule:
+            if self.model.context_len % length:
+                raise ValueError(
+                    f"train.length_schedule has {length}, which does not divide model.context_len = "
+                    f"{self.model.context_len}: rows are cut into equal pieces"
+                )
         if self.validation.stride > self.model.context_len:
             raise ValueError(
                 f"validation.stride = {self.validation.stride} is above "
@@ -236,6 +245,11 @@ class RunConfig(_Strict):
     @property
     def rows_per_step(self) -> int:
         return self.train.batch_tokens // self.model.context_len
+
+    def length_at(self, step: int) -> int:
+        """Return how long the pieces are that the rows of a step are cut into; past the last step as at its end."""
+        lengths = self.train.length_schedule or [self.model.context_len]
+        return lengths[min(step, self.train.steps - 1) * len(lengths) // self.train.steps]
 
     @property
     def optim_by_role(self) -> dict[str, dict[str, Any]]:

@@ -72,6 +72,7 @@ EXTRAS = {
     "queue": ["--set", "average.kind=queue", "--set", "average.every_steps=4"],
     "ema": ["--set", "average.kind=ema", "--set", "average.every_steps=4"],
     "mix": ["--mix", "sotu:0.6,shakespeare:0.4"],
+    "lengths": ["--set", "train.length_schedule=[16, 32, 64]", "--set", "model.dropout=0.2"],
     "cyclic": ["--set", "train.schedule=cyclic", "--set", "train.cycles=3"],
 }
 MOST_COMPILED_KILLS = 2

@@ -34,7 +34,7 @@ def other_kinds(key):
     if get_origin(kind) is Literal:
         return ["nonsense", "3", "true", "[1]"]
     if get_origin(kind) is list:
-        return ["3", "word", "true", "1.5"]
+        return ["64", "true", "word", "'[64]'"]
     return {
         int: ["1.5", "true", "'3'", "word", "[3]", "-1"],
         float: ["true", "'0.5'", "word", "nan", "inf", "-1.0"],
@@ -95,6 +95,11 @@ def test_every_wrong_key_is_named_at_once():
         ("model.n_head=7", "n_embd = 128 is not a multiple of n_head = 7"),
         ("model.n_embd=12", "an even head width, not 3"),
         ("train.batch_tokens=100", "train.batch_tokens = 100 is not a multiple of model.context_len = 64"),
+        (
+            "train.length_schedule=[16, 48]",
+            "train.length_schedule has 48, which does not divide model.context_len = 64",
+        ),
+        ("train.length_schedule=[0]", "train.length_schedule.0 = 0"),
         ("validation.stride=65", "validation.stride = 65 is above model.context_len = 64"),
         (
             "optim.matirx.lr=1",

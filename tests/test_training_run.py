@@ -42,9 +42,12 @@ def test_a_seed_decides_every_bit_of_a_run():
     assert first["final_val_loss"] < 4.2
 
 
-@pytest.mark.parametrize("optim", ["muon", "adamw"])
-def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(monkeypatch, optim):
-    whole = train(optim=optim)
+@pytest.mark.parametrize(
+    ("optim", "settings"),
+    [("muon", []), ("adamw", []), ("adamw", ["train.length_schedule=[16, 32, 64, 64]"])],
+)
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(monkeypatch, optim, settings):
+    whole = train(*settings, optim=optim)
     real = Stepper.step
 
     def stopping(self, step, scale, *, stop_vote=False):
@@ -56,7 +59,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(monkeypatch, opti
 
     monkeypatch.setattr(Stepper, "step", stopping)
     with pytest.raises(Stopped, match="nanorun train --resume") as stopped:
-        train(optim=optim)
+        train(*settings, optim=optim)
     monkeypatch.setattr(Stepper, "step", real)
     from pathlib import Path
 

@@ -231,10 +231,12 @@ def added_up(steppers, step, monkeypatch):
     return loss, [sum(shares) for shares in zip(*grads, strict=True)]
 
 
-@pytest.mark.parametrize("arch", ["modern", "gpt2"])
-def test_every_split_of_a_step_into_ranks_and_micro_batches_drops_the_same(make_stepper, monkeypatch, arch):
+@pytest.mark.parametrize(
+    "asked", ["model.arch=modern", "model.arch=gpt2", "train.length_schedule=[32, 16, 64]"]
+)
+def test_every_split_of_a_step_into_ranks_and_micro_batches_drops_the_same(make_stepper, monkeypatch, asked):
     # Projections that begin at 0 would hide all that is dropped in the blocks.
-    settings = [f"model.arch={arch}", "model.dropout=0.3", "model.zero_init_projections=false"]
+    settings = [asked, "model.dropout=0.3", "model.zero_init_projections=false"]
     whole = make_stepper(*settings, "train.micro_batch_rows=8")
     loss, grads = added_up([whole], 3, monkeypatch)
     assert abs(added_up([whole], 4, monkeypatch)[0] - loss) > 1e-3
@@ -248,6 +250,17 @@ def test_every_split_of_a_step_into_ranks_and_micro_batches_drops_the_same(make_
         assert split == pytest.approx(loss, abs=1e-5)
         for one, other in zip(split_grads, grads, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_a_length_schedule_cuts_the_rows_of_a_step_and_changes_none_of_its_tokens(make_stepper):
+    stepper = make_stepper("train.length_schedule=[16, 32, 64]", "train.micro_batch_rows=3")
+    for step, length in enumerate((16, 16, 32, 32, 64, 64)):
+        model, shapes = copy.deepcopy(stepper.model), []
+        with stepper.working.register_forward_pre_hook(lambda _, pair: shapes.append(pair[0].shape)):  # noqa: B023
+            loss = float(stepper.step(step, 1.0).loss)
+        assert [tuple(shape) for shape in shapes] == [(rows * 64 // length, length) for rows in (3, 3, 2)]
+        loss_sum, n_predicted = model(*(rows.view(-1, length) for rows in stepper.batch(step, 0, 8)))
+        assert loss == pytest.approx(loss_sum.item() / n_predicted.item(), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ MACHINE_ONLY_TABLES = ("checkpoint.", "log.")
 LATER_KEYS: dict[str, Any] = {
     "data.mix": {},
     "train.cycles": 1,
+    "train.length_schedule": [],
     "average.kind": "none",
     "average.every_steps": 10,
     "average.from_step": 0,

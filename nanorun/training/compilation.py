@@ -51,4 +51,4 @@ def _pays_on_cpu(stepper: Stepper, steps: int) -> bool:
 
 def _rows_warmed(stepper: Stepper) -> int:
     rest = stepper.rows_of_rank % stepper.micro_batch_rows
-    return stepper.micro_batch_rows + rest
+    return (stepper.micro_batch_rows + rest) * len(stepper.lengths)

@@ -68,6 +68,7 @@ class Stepper:
         self.sharded = isinstance(optimizers, sharding.ShardedOptimizers)
         self.rows_of_rank = config.rows_per_step // ranks.n_ranks
         self.micro_batch_rows = self._first_guess()
+        self.lengths = sorted({*config.train.length_schedule} or {config.model.context_len})
         self.precision = chosen_precision(config.train.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         copies = self.precision == "bf16_master" and not self.sharded
@@ -124,11 +125,17 @@ class Stepper:
             idx_BT, targets_BT = idx_BT.pin_memory(), targets_BT.pin_memory()
         return idx_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
 
-    def _with_keys(self, span: Span, pair: Pair) -> tuple[torch.Tensor, ...]:
-        """Return inputs and targets of a span's rows and, where the model has dropout, the keys of its masks."""
+    def _cut(self, length: int, span: Span, pair: Pair) -> tuple[torch.Tensor, ...]:
+        """Return inputs and targets of a span's rows, cut to `length`, and with dropout the keys of the pieces' masks.
+
+        A piece's number is as much a function of (step, row) as a row's is.
+        """
+        idx_BT, targets_BT = pair[0].view(-1, length), pair[1].view(-1, length)
         if not self.config.model.drops:
-            return pair
-        return *pair, row_keys(self.config.seed, span.first_row, span.n_rows, self.device)
+            return idx_BT, targets_BT
+        n_pieces = self.config.model.context_len // length
+        first, count = span.first_row * n_pieces, span.n_rows * n_pieces
+        return idx_BT, targets_BT, row_keys(self.config.seed, first, count, self.device)
 
     def backward(
         self, idx_BT: torch.Tensor, targets_BT: torch.Tensor, drop_keys_B: torch.Tensor | None = None
@@ -144,16 +151,16 @@ class Stepper:
         """Train on step `step` with learning rates scaled by `scale`."""
         self.ranks.moved(step + 1)
         loss_sum = torch.zeros((), device=self.device)
-        spans = self._spans(step)
+        spans, length = self._spans(step), self.config.length_at(step)
         after = self._spans(step + 1)[:1] if step + 1 < self.config.train.steps else []
         for span, then in pairwise(spans):
             if self.sharded:
                 self.model.set_is_last_backward(False)  # type: ignore[operator]
-            loss_sum += self.backward(*self._with_keys(span, self.feed.take(span, then)))
+            loss_sum += self.backward(*self._cut(length, span, self.feed.take(span, then)))
         if self.sharded:
             self.model.set_is_last_backward(True)  # type: ignore[operator]
         with self.gradients.travelling():
-            loss_sum += self.backward(*self._with_keys(spans[-1], self.feed.take(spans[-1], *after)))
+            loss_sum += self.backward(*self._cut(length, spans[-1], self.feed.take(spans[-1], *after)))
         self.ranks.moved()
         shared = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop_vote))])
         self.gradients.finish(shared)
@@ -266,7 +273,8 @@ class Stepper:
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             pair = self.to_device(idx_BT, idx_BT.clone())
-            loss = self.backward(*self._with_keys(Span(0, n_rows), pair))
+            for length in self.lengths:
+                loss = self.backward(*self._cut(length, Span(0, n_rows), pair))
         try:
             # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
             self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
