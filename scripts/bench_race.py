@@ -371,13 +371,14 @@ def turn_of_nanogpt(place: Place, iterations: int) -> float:
 
 def turn_of_nanorun(place: Place, iterations: int) -> float:
     """Return nanorun's tokens/s over a turn, each step logged as nanoGPT logs each."""
-    settings = (f"train.steps={iterations}", "validation.every_steps=0", "validation.from_step=0")
-    settings = (*settings, "checkpoint.every_steps=0", "log.every_steps=1")
+    settings = [f"train.steps={iterations}", "validation.every_steps=0", "validation.from_step=0"]
+    settings += ["checkpoint.every_steps=0", "log.every_steps=1"]
     words = [word for setting in settings for word in ("--set", setting)]
     result = run_nanorun(place, SPRINT, SAME, 0, "--compile", "off", *words)
     lines = (Path(result["run"]) / "metrics.jsonl").read_text().splitlines()
     seconds = {row["step"]: row["train_seconds"] for row in map(json.loads, lines) if "loss" in row}
-    return TOKENS * (iterations - SETTLING) / (seconds[iterations] - seconds[SETTLING])
+    rate: float = TOKENS * (iterations - SETTLING) / (seconds[iterations] - seconds[SETTLING])
+    return rate
 
 
 def like_for_like(asked: argparse.Namespace, place: Place) -> dict[str, Any]:

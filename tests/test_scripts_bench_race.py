@@ -172,10 +172,17 @@ def test_the_nanogpt_preset_has_the_parameters_that_nanogpts_log_tells():
 
 
 @pytest.mark.skipif("NANOGPT" not in os.environ, reason="NANOGPT names no checkout of nanoGPT")
-def test_from_the_same_weights_nanorun_takes_nanogpts_steps(bench, tmp_path, monkeypatch):
+def test_from_the_same_weights_nanorun_takes_nanogpts_steps_and_reads_its_checkpoint(
+    bench, tmp_path, monkeypatch
+):
     place = bench.Place(tmp_path)
     place.lay_out(Path(os.environ["NANOGPT"]))
     assert len(bench.check_same(place)) == bench.COMPARED_STEPS
+    monkeypatch.setattr(bench, "ITERATIONS", 20)
+    monkeypatch.setattr(bench, "DOCUMENTED", (*bench.DOCUMENTED, "--eval_interval=20"))
+    row = bench.nanogpt_whole(place, 20)
+    # Its own estimate is of 20 batches of the tenth that is read here whole.
+    assert row["val_loss"] == pytest.approx(row["own_estimate"], abs=0.05)
     other = resolve(load_track("shakespeare-sprint"), "nanogpt", ["model.activation=gelu"])
     monkeypatch.setattr(bench, "resolve", lambda track, preset: other)
     with pytest.raises(RunFailed, match="is not nanoGPT's run"):
