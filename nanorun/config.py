@@ -79,7 +79,8 @@ class ModelConfig(_Strict):
     """Hidden width of the MLP over n_embd."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     positions: Literal["learned", "rotary"] = "rotary"
-    activation: Literal["gelu", "relu2"] = "relu2"
+    activation: Literal["gelu", "gelu_exact", "relu2"] = "relu2"
+    """`gelu` is GPT-2's, by tanh; `gelu_exact` has the error function, as nanoGPT does."""
     bias: bool = False
     qk_norm: bool = True
     tied_head: bool = False

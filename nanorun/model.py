@@ -143,14 +143,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.squares_relu = config.activation == "relu2"
+        self.activation = config.activation
         self.fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         hidden = self.fc(x_BTC)
-        hidden = SquaredReLU.apply(hidden) if self.squares_relu else F.gelu(hidden, approximate="tanh")
-        return self.proj(hidden)
+        if self.activation == "relu2":
+            return self.proj(SquaredReLU.apply(hidden))
+        return self.proj(F.gelu(hidden, approximate="none" if self.activation == "gelu_exact" else "tanh"))
 
 
 class Block(nn.Module):

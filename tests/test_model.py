@@ -117,6 +117,17 @@ def test_logits_and_loss_equal_those_of_transformers_gpt2():
         torch.testing.assert_close(loss_sum / n_tokens, expected.loss, rtol=0, atol=1e-5)
 
 
+def test_gelu_exact_is_by_the_error_function():
+    config = dataclasses.replace(GPT2, activation="gelu_exact", bias=False)
+    mlp = make_model(config).blocks[0].mlp
+    x_TC = torch.linspace(-3, 3, 64).view(2, 32)
+    hidden = mlp.fc(x_TC)
+    expected = mlp.proj(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))))
+    torch.testing.assert_close(mlp(x_TC), expected, rtol=0, atol=1e-6)
+    by_tanh = make_model(dataclasses.replace(config, activation="gelu")).blocks[0].mlp
+    assert (by_tanh(x_TC) - expected).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"), [((12, 12, 768), 124_439_808), ((48, 25, 1600), 1_557_611_200)]
 )
