@@ -88,6 +88,8 @@ class ModelConfig(_Strict):
     logit_softcap: float = Field(15.0, ge=0)
     """Logits are cap·tanh(logits/cap); 0 turns it off."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: bool = True
+    """Whether dropout falls on the weights of attention too, as in GPT-2; without, fused attention serves."""
     ngrams: list[Annotated[int, Field(ge=2, le=16)]] = Field(default_factory=list)
     """Lengths of the n-grams of tokens that have embeddings of their own, added to the token's; none by default."""
     ngram_buckets: int = Field(65536, ge=1)

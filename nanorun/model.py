@@ -159,7 +159,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.drops_attention = config.dropout, config.attention_dropout
         self.norm_1 = make_norm(config)
         self.attn = Attention(config)
         self.norm_2 = make_norm(config)
@@ -172,7 +172,8 @@ class Block(nn.Module):
         drop_keys_B: Tensor | None = None,
     ) -> Tensor:
         keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
-        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D, keys[0]), keys[1])
+        attention_keys_B = keys[0] if self.drops_attention else None
+        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B), keys[1])
         return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)), keys[2])
 
     def drop(self, x_BTC: Tensor, drop_keys_B: Tensor | None) -> Tensor:

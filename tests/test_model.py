@@ -27,6 +27,7 @@ class Config:
     zero_init_projections: bool = False
     logit_softcap: float = 0.0
     dropout: float = 0.0
+    attention_dropout: bool = True
     rotary_base: float = 10000.0
     ngrams: tuple = ()
     ngram_buckets: int = 4096
@@ -245,7 +246,8 @@ def test_under_dropout_a_row_depends_on_its_own_key_alone_and_on_no_generator(co
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_each_place_in_the_network_has_masks_of_its_own(monkeypatch):
+@pytest.mark.parametrize(("attention", "places_a_layer"), [(True, 3), (False, 2)])
+def test_each_place_in_the_network_has_masks_of_its_own(monkeypatch, attention, places_a_layer):
     seen = []
 
     def watching(keys_B, n_lines, width, p, dtype):
@@ -254,9 +256,10 @@ def test_each_place_in_the_network_has_masks_of_its_own(monkeypatch):
 
     monkeypatch.setattr("nanorun.dropout.kept", watching)
     monkeypatch.setattr("nanorun.model.kept", watching)
-    make_model(dataclasses.replace(GPT2, dropout=0.3)).train()(make_tokens(), None, keys_of_rows(3))
-    # The embedding; then attention's weights and two residual branches in each of two layers.
-    assert len(seen) == len(set(seen)) == 1 + 3 * 2
+    config = dataclasses.replace(GPT2, dropout=0.3, attention_dropout=attention)
+    make_model(config).train()(make_tokens(), None, keys_of_rows(3))
+    # The embedding; then, in each of two layers, attention's weights perhaps and two residual branches.
+    assert len(seen) == len(set(seen)) == 1 + places_a_layer * 2
 
 
 def test_attention_under_dropout_is_causal_and_without_any_is_torchs():

@@ -65,7 +65,7 @@ def one_by_one(stepper, stride):
 def test_each_token_is_predicted_once_whatever_the_size_of_a_pass(
     stepper, monkeypatch, stride, windows_per_pass
 ):
-    monkeypatch.setattr(evaluate, "WINDOWS_PER_PASS_CPU", windows_per_pass)
+    monkeypatch.setattr(evaluate, "TOKENS_PER_PASS_CPU", 64 * windows_per_pass)
     loss, n_predicted = read(stepper, stride)
     assert n_predicted == N_TOKENS - 1
     assert loss == pytest.approx(one_by_one(stepper, stride), abs=1e-5)
@@ -95,7 +95,7 @@ def test_the_shares_of_all_ranks_add_up_to_one_ranks_sum(stepper, n_ranks):
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 9])
 def test_all_ranks_make_as_many_passes(stepper, monkeypatch, n_ranks):
-    monkeypatch.setattr(evaluate, "WINDOWS_PER_PASS_CPU", 1)
+    monkeypatch.setattr(evaluate, "TOKENS_PER_PASS_CPU", 1)
     passes = []
     for rank in range(n_ranks):
         count = []

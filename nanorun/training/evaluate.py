@@ -8,8 +8,8 @@ from nanorun.data.batches import TokenSet, n_validation_windows, validation_rows
 from nanorun.model import GPT
 from nanorun.training.distributed import Ranks
 
-WINDOWS_PER_PASS_CPU = 16
-"""Windows of one forward pass on a CPU: at 8 to 32 the rate was the same within 3 % (scripts/bench_step.py)."""
+TOKENS_PER_PASS_CPU = 4096
+"""Tokens of one forward pass on a CPU: at 2,048 to 8,192 the rate was the same within 3 % (scripts/bench_step.py)."""
 TOKENS_PER_PASS_CUDA = 65536
 LOGITS_PER_PASS_CUDA = 2**28
 """Tokens times vocabulary of one forward pass on CUDA: 1 GiB in fp32, of which the loss holds three copies."""
@@ -18,7 +18,7 @@ LOGITS_PER_PASS_CUDA = 2**28
 def windows_per_pass(device: torch.device, context_len: int, vocab_size: int) -> int:
     """Return how many windows one forward pass reads."""
     if device.type == "cpu":
-        return WINDOWS_PER_PASS_CPU
+        return max(1, TOKENS_PER_PASS_CPU // context_len)
     return max(1, min(TOKENS_PER_PASS_CUDA, LOGITS_PER_PASS_CUDA // vocab_size) // context_len)
 
 
