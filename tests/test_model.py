@@ -27,6 +27,7 @@ class Config:
     zero_init_projections: bool = False
     logit_softcap: float = 0.0
     dropout: float = 0.0
+    document_mask: bool = False
     rotary_base: float = 10000.0
     init_std: float = 0.02
     mlp_ratio: int = 4
