@@ -96,6 +96,8 @@ class ModelConfig(_Strict):
     """Rows of the table of each length; n-grams beyond them share rows by a hash."""
     ngram_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the n-grams' embeddings dropped in training, each whole."""
+    document_mask: bool = False
+    """Attention does not look past the beginning of the document that a token is in."""
     rotary_base: float = Field(10000.0, gt=0)
     init_std: float = Field(0.02, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
@@ -122,6 +124,10 @@ class ModelConfig(_Strict):
     def _head_divides_width(self) -> ModelConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
+        if self.document_mask and self.dropout:
+            raise ValueError(
+                f"model.document_mask and model.dropout = {self.dropout} do not go together: leave one of them out"
+            )
         if self.positions == "rotary" and (self.n_embd // self.n_head) % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.n_embd // self.n_head}")
         return self
@@ -154,6 +160,8 @@ class TrainConfig(_Strict):
     shard: Literal["none", "fsdp"] = "none"
     """What many ranks keep: `none`, all of the model on each; `fsdp`, a share of it on each, blocks being gathered
     as they are needed. On CUDA `micro_batch_rows` = 0 is then 1."""
+    fp8_head: bool = False
+    """Multiply with the head in FP8 while training; for GPUs that have it, an H100 for one."""
 
 
 class ValidationConfig(_Strict):

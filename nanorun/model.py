@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanorun import head
+from nanorun.documents import attention_in_documents, document_mask
 from nanorun.dropout import dropout, kept, keys_at
 from nanorun.ngrams import NgramEmbedding
 
@@ -103,7 +105,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
-        self, x_BTC: Tensor, rotary_T11D: tuple[Tensor, Tensor] | None, drop_keys_B: Tensor | None
+        self,
+        x_BTC: Tensor,
+        rotary_T11D: tuple[Tensor, Tensor] | None,
+        drop_keys_B: Tensor | None,
+        documents: Any = None,
     ) -> Tensor:
         n_rows, n_positions, n_embd = x_BTC.shape
         head_width = n_embd // self.n_head
@@ -115,7 +121,9 @@ class Attention(nn.Module):
             qk_BT2HD = rotate(qk_BT2HD, *rotary_T11D)
         q_BTHD, k_BTHD = qk_BT2HD.to(v_BTHD.dtype).unbind(dim=2)
         qkv = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
-        if drop_keys_B is None:
+        if documents is not None:
+            y_BHTD = attention_in_documents(*qkv, documents)
+        elif drop_keys_B is None:
             y_BHTD = F.scaled_dot_product_attention(*qkv, is_causal=True)
         else:
             y_BHTD = attention_under_dropout(*qkv, drop_keys_B, self.dropout)
@@ -170,10 +178,12 @@ class Block(nn.Module):
         x_BTC: Tensor,
         rotary_T11D: tuple[Tensor, Tensor] | None,
         drop_keys_B: Tensor | None = None,
+        documents: Any = None,
     ) -> Tensor:
         keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
         attention_keys_B = keys[0] if self.drops_attention else None
-        x_BTC = x_BTC + self.drop(self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B), keys[1])
+        attended_BTC = self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B, documents)
+        x_BTC = x_BTC + self.drop(attended_BTC, keys[1])
         return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)), keys[2])
 
     def drop(self, x_BTC: Tensor, drop_keys_B: Tensor | None) -> Tensor:
@@ -185,7 +195,8 @@ class GPT(nn.Module):
     """A decoder whose every difference between GPT-2 and later practice is a field of the config.
 
     The weights are torch's until `initialise(seed)` sets them. Set `checkpoint_activations` to "block" to
-    keep only each block's input for the backward pass and compute the rest again.
+    keep only each block's input for the backward pass and compute the rest again, `document_token` to the token that
+    begins a document where the config masks documents, and `fp8_head` for a head whose products are in FP8 in training.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -193,6 +204,8 @@ class GPT(nn.Module):
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config, self.vocab_size = config, vocab_size
         self.checkpoint_activations: Literal["none", "block"] = "none"
+        self.document_token: int | None = None
+        self.fp8_head = False
         n_embd = config.n_embd
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(config.context_len, n_embd) if config.positions == "learned" else None
@@ -247,15 +260,22 @@ class GPT(nn.Module):
         if drops:
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         recompute = self.checkpoint_activations == "block" and self.training and torch.is_grad_enabled()
+        documents = self.document_mask(idx_BT, recompute) if self.config.document_mask else None
         for layer, block in enumerate(self.blocks):
             keys_B = keys_at(drop_keys_B, layer) if drops else None
             if recompute:
                 # Nothing in a block is drawn from a generator whose state would have to be put back.
                 x_BTC = checkpoint(
-                    block, x_BTC, rotary_T11D, keys_B, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x_BTC,
+                    rotary_T11D,
+                    keys_B,
+                    documents,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                x_BTC = block(x_BTC, rotary_T11D, keys_B)
+                x_BTC = block(x_BTC, rotary_T11D, keys_B, documents)
         return x_BTC
 
     def _ngram_keys(self, drop_keys_B: Tensor | None) -> Tensor | None:
@@ -263,10 +283,16 @@ class GPT(nn.Module):
             return None
         return keys_at(drop_keys_B, len(self.blocks) + 1)
 
+    def document_mask(self, idx_BT: Tensor, recompute: bool) -> Any:
+        """Return which positions see each other, in blocks where compiled code on CUDA can pass over some."""
+        assert self.document_token is not None, "a model that masks documents needs the token that begins one"
+        in_blocks = idx_BT.is_cuda and torch.compiler.is_compiling() and not recompute
+        return document_mask(idx_BT, self.document_token, in_blocks=in_blocks)
+
     def logits(self, x_C: Tensor) -> Tensor:
         """Return the scores of the next token in fp32, bent smoothly under ±logit_softcap where it is set."""
         weight_VC = self.wte.weight if self.head is None else self.head.weight
-        logits_V = F.linear(x_C, weight_VC).float()
+        logits_V = head.scores(x_C, weight_VC, fp8=self.fp8_head and self.training).float()
         cap = self.config.logit_softcap
         return torch.tanh(logits_V / cap) * cap if cap else logits_V
 

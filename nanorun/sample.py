@@ -35,6 +35,7 @@ def load_model(run: Path) -> tuple[GPT, Tokenizer]:
             check_weights(saved.evaluation, GPT(config.model, tokenizer.vocab_size), saved.path)
         model = GPT(config.model, tokenizer.vocab_size)
         model.load_state_dict(saved.evaluation)
+        model.document_token = tokenizer.eot
     return model.eval(), tokenizer
 
 

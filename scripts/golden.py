@@ -37,16 +37,24 @@ MKL_ENABLE_INSTRUCTIONS) moved no loss by more than 2e-5; a learning rate 1 % of
 least 8e-4."""
 
 
-def first_losses(track_name: str, preset: str, *, data: Path, settings: tuple[str, ...] = ()) -> list[float]:
-    """Return the training losses of a preset's first steps on the CPU, as written and in fp32."""
+def first_losses(
+    track_name: str,
+    preset: str,
+    *,
+    data: Path,
+    settings: tuple[str, ...] = (),
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    n_steps: int = N_STEPS,
+) -> list[float]:
+    """Return the training losses of a preset's first steps, as written and in fp32."""
     track = load_track(track_name)
     plan = resolve(track, preset, ["train.precision=fp32", *settings])
     with tempfile.TemporaryDirectory() as folder:
         options = Options(runs=Path(folder), data=data)
-        device, quiet = torch.device("cpu"), Console(quiet=True)
+        quiet = Console(quiet=True)
         run = setup.set_up(plan, track, options, quiet, TrainingClock(), device, Ranks(), Begun())
         losses = []
-        for step in range(N_STEPS):
+        for step in range(n_steps):
             scale = scale_at(
                 plan.train.schedule,
                 step,

@@ -65,7 +65,7 @@ def test_every_choice_can_be_chosen_without_quotes(key):
 @pytest.mark.parametrize("key", SET_KEYS)
 def test_a_mistyped_key_gets_the_nearest(key):
     wrong = f"{key[:-1]}{'x' if key[-1] != 'x' else 'y'}"
-    with pytest.raises(UserError, match=f"there is no key '{wrong}'. Did you mean '[a-z_.]+'"):
+    with pytest.raises(UserError, match=f"there is no key '{wrong}'. Did you mean '[a-z0-9_.]+'"):
         sprint(f"{wrong}=1")
 
 

@@ -28,6 +28,7 @@ class Config:
     logit_softcap: float = 0.0
     dropout: float = 0.0
     attention_dropout: bool = True
+    document_mask: bool = False
     rotary_base: float = 10000.0
     ngrams: tuple = ()
     ngram_buckets: int = 4096

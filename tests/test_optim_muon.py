@@ -500,3 +500,28 @@ def test_rows_that_do_not_divide_are_refused():
         Muon([{"params": [torch.nn.Parameter(torch.zeros(8, 4))], "n_stacked": 3}], lr=0.02)
     with pytest.raises(UserError, match="lists 2 numbers for 1"):
         Muon([{"params": [torch.nn.Parameter(torch.zeros(8, 4))], "n_stacked": [1, 1]}], lr=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"coefficients": "turbo", "nesterov": False}])
+def test_compiled_momentum_is_the_same_and_one_graph_for_each_shape(options):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    muon_module.compiled_momentum.cache_clear()
+    compiled = muon_module.compiled_momentum(counting)
+    given = {"nesterov": True, "ns_steps": 5, "coefficients": "original", "eps": 1e-30, **options}
+    generator = torch.Generator().manual_seed(0)
+    for momentum in (0.85, 0.9, 0.95):
+        for shape in ((2, 6, 12), (3, 12, 6)):
+            grad, before = torch.randn((2, *shape), generator=generator)
+            expected = muon_module.orthogonal_momentum(grad.clone(), before, torch.tensor(momentum), **given)
+            kept = grad.clone()
+            found = compiled(grad, before, torch.tensor(momentum), **given)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            assert torch.equal(grad, kept)
+    assert len(graphs) == 2

@@ -37,6 +37,7 @@ _NOT_ALGORITHMS = frozenset(
         "averaging",
         "options",
         "ownership",
+        "symmetric_products",
     }
 )
 
@@ -442,6 +443,12 @@ class OptimizerSet:
         """Set every learning rate to its base times `scale`."""
         for group in self.groups():
             group["lr"] = group["base_lr"] * scale
+
+    def compile(self, on: bool = True) -> None:
+        """Have those optimizers that can run compiled code on CUDA, or, without `on`, all run eager code."""
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "compiled"):
+                optimizer.compiled = on
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

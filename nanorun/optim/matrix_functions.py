@@ -134,6 +134,7 @@ def newton_schulz(
     eps: float = 1e-30,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    triton: bool = False,
 ) -> Tensor:
     """Return a stack near UVᵀ of each matrix UΣVᵀ: the same singular vectors, all singular values near 1.
 
@@ -157,7 +158,8 @@ def newton_schulz(
 
     `eps` is the Frobenius norm below which a matrix is taken for noise and shrinks with its norm; a matrix of
     zeros stays zero. `dtype` is what the products are computed in, `dtype_of_products` unless given. The result
-    has the input's dtype and shape; `overwrite` lets the input's memory be used for it.
+    has the input's dtype and shape; `overwrite` lets the input's memory be used for it. `triton` takes the symmetric
+    products by the kernel of symmetric_products.py, which has to be imported.
 
     Differs from `torch.optim.Muon` in that it works on stacks, takes dtype from the device, does not
     underflow (torch squares the raw entries and floors the norm at 1e-7), and multiplies the polynomials of
@@ -173,16 +175,16 @@ def newton_schulz(
     longest = _longest_run(*sorted((rows, cols)), dtype)
     gram_KSS = None
     if coefficients.preconditioned:
-        x_KMN, gram_KSS = _precondition(x_KMN, tall)
+        x_KMN, gram_KSS = _precondition(x_KMN, tall, triton)
     polynomials = coefficients.for_steps(steps)
     for start in range(0, len(polynomials), longest):
         if gram_KSS is None:
-            gram_KSS = _gram(x_KMN, tall)
-        product_KSS = poly_KSS = _polynomial(gram_KSS, polynomials[start])
+            gram_KSS = _gram(x_KMN, tall, triton)
+        product_KSS = poly_KSS = _polynomial(gram_KSS, polynomials[start], triton)
         for polynomial in polynomials[start + 1 : start + longest]:
             # The Gram matrix of poly·X is poly·A·poly, at a cost that does not depend on the long side.
             gram_KSS = torch.bmm(poly_KSS, torch.bmm(gram_KSS, poly_KSS))
-            poly_KSS = _polynomial(gram_KSS, polynomial)
+            poly_KSS = _polynomial(gram_KSS, polynomial, triton)
             product_KSS = torch.bmm(poly_KSS, product_KSS)
         x_KMN = torch.bmm(x_KMN, product_KSS) if tall else torch.bmm(product_KSS, x_KMN)
         gram_KSS = None
@@ -201,19 +203,22 @@ def _longest_run(short: int, long: int, dtype: torch.dtype) -> int:
     return LONGEST_RUN if long >= 2 * short and torch.finfo(dtype).bits >= 32 else 1
 
 
-def _gram(x_KMN: Tensor, tall: bool) -> Tensor:
+def _gram(x_KMN: Tensor, tall: bool, triton: bool = False) -> Tensor:
     """Return the Gram matrices on the small side, where their squares cost least: to the right of a tall X."""
+    if triton:
+        gram_KSS: Tensor = torch.ops.nanorun.symmetric_product(x_KMN.mT if tall else x_KMN, None, 1.0, 0.0)
+        return gram_KSS
     return torch.bmm(x_KMN.mT, x_KMN) if tall else torch.bmm(x_KMN, x_KMN.mT)
 
 
-def _precondition(x_KMN: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
+def _precondition(x_KMN: Tensor, tall: bool, triton: bool = False) -> tuple[Tensor, Tensor]:
     """Return the matrices rescaled along their small side so that no singular value exceeds 1, and their Grams.
 
     Row i of a wide matrix (column i of a tall one) is divided by the root of Σⱼ|Aᵢⱼ| of the Gram matrix A:
     the almost orthogonal layer of arXiv:2208.03160. It comes nearer to 1 than the Frobenius norm does, since
     it knows how far the rows are orthogonal already. The singular vectors change unless it scales all alike.
     """
-    gram_KSS = _gram(x_KMN, tall)
+    gram_KSS = _gram(x_KMN, tall, triton)
     scale_KS = gram_KSS.abs().sum(dim=2).clamp_(min=torch.finfo(gram_KSS.dtype).tiny).rsqrt_()
     # The norm is 1, or less for what counts as noise, and that must stay small.
     scale_KS *= gram_KSS.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True).clamp_(max=1.0).sqrt_()
@@ -221,10 +226,13 @@ def _precondition(x_KMN: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
     return x_KMN * (scale_KS[:, None, :] if tall else scale_KS[:, :, None]), gram_KSS
 
 
-def _polynomial(gram_KSS: Tensor, polynomial: Polynomial) -> Tensor:
+def _polynomial(gram_KSS: Tensor, polynomial: Polynomial, triton: bool = False) -> Tensor:
     """Return aI + bA + cA² of each Gram matrix A; symmetric, and it commutes with A."""
     a, b, c = polynomial
-    poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
+    if triton:
+        poly_KSS = torch.ops.nanorun.symmetric_product(gram_KSS, gram_KSS, c, b)
+    else:
+        poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
     poly_KSS.diagonal(dim1=1, dim2=2).add_(a)
     return poly_KSS
 

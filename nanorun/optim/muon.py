@@ -10,6 +10,8 @@ Shapes: K matrices of M rows and N columns in a stack; P parameters, each of `n_
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -67,6 +69,10 @@ OPTIONS = {
         0.95, "weight of the past in the rows' average mean square", low=0.0, high=1.0, below_high=True
     ),
     "eps": Option(1e-30, "Frobenius norm below which a gradient counts as noise", low=0.0),
+    "triton_products": Option(
+        False,
+        "on CUDA, half of each symmetric product by a Triton kernel; unmeasured, see scripts/gpu_suite.py",
+    ),
 }
 VARIANTS = {
     "normuon": Variant(
@@ -90,6 +96,7 @@ def orthogonal_momentum(
     ns_steps: int,
     coefficients: str,
     eps: float,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the new momentum and the orthogonalised update, both KMN; `momentum` is a number or K11.
 
@@ -98,9 +105,28 @@ def orthogonal_momentum(
     momentum_KMN = torch.lerp(momentum_KMN, grad_KMN, 1 - momentum)
     update_KMN = grad_KMN.lerp_(momentum_KMN, momentum) if nesterov else momentum_KMN
     orthogonal_KMN = newton_schulz(
-        update_KMN, steps=ns_steps, coefficients=COEFFICIENTS[coefficients], eps=eps, overwrite=nesterov
+        update_KMN,
+        steps=ns_steps,
+        coefficients=COEFFICIENTS[coefficients],
+        eps=eps,
+        overwrite=nesterov,
+        triton=triton,
     )
     return momentum_KMN, orthogonal_KMN
+
+
+@functools.cache
+def compiled_momentum(backend: str = "inductor") -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `orthogonal_momentum` compiled, one graph for each shape of stack; `momentum` must be a tensor.
+
+    As a number it would be a constant of the graph, which another value compiles anew.
+    """
+
+    def kept(grad_KMN: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        # The compiler drops this copy, and would else write what is left in the gradient's memory back to it.
+        return orthogonal_momentum(grad_KMN.clone(), *arguments, **options)
+
+    return torch.compile(kept, dynamic=False, backend=backend)
 
 
 def update_scale(scale_rule: str, rows: int, cols: int) -> float:
@@ -169,9 +195,13 @@ class Muon(torch.optim.Optimizer):
     number a row, only under `normalize_rows`; `step` only where momentum changes. If `found_inf` is set to a
     tensor on the parameters' device, an update for which it is not zero changes neither parameters nor state,
     without the host waiting for it.
+
+    On CUDA a step runs compiled code where `compiled` is set (OptimizerSet.compile), and `triton_products` acts there
+    alone.
     """
 
     supports_found_inf = True
+    compiled = False
 
     def __init__(
         self,
@@ -193,6 +223,7 @@ class Muon(torch.optim.Optimizer):
         normalize_rows: bool = False,
         beta2: float = 0.95,
         eps: float = 1e-30,
+        triton_products: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -211,6 +242,7 @@ class Muon(torch.optim.Optimizer):
             "normalize_rows": normalize_rows,
             "beta2": beta2,
             "eps": eps,
+            "triton_products": triton_products,
             "n_stacked": 1,
         }
         super().__init__(params, defaults)
@@ -277,14 +309,23 @@ class Muon(torch.optim.Optimizer):
         """Update matrices of one shape."""
         parameters = [matrix.parameter for matrix in stack]
         old_KMN = torch.stack([matrix.momentum for matrix in stack])
-        new_KMN, update_KMN = orthogonal_momentum(
+        momentum, orthogonal = self._momentum(group, stack), orthogonal_momentum
+        triton = group["triton_products"] and old_KMN.is_cuda
+        if triton:
+            importlib.import_module("nanorun.optim.symmetric_products")
+        if self.compiled and old_KMN.is_cuda:
+            orthogonal = compiled_momentum()
+            if not isinstance(momentum, Tensor):
+                momentum = torch.full((), momentum, dtype=old_KMN.dtype, device=old_KMN.device)
+        new_KMN, update_KMN = orthogonal(
             torch.stack([matrix.grad for matrix in stack]),
             old_KMN,
-            self._momentum(group, stack),
+            momentum,
             nesterov=group["nesterov"],
             ns_steps=group["ns_steps"],
             coefficients=group["coefficients"],
             eps=group["eps"],
+            triton=triton,
         )
         _write([matrix.momentum for matrix in stack], old_KMN, new_KMN, skip)
         rows, cols = update_KMN.shape[1:]

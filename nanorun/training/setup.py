@@ -25,6 +25,7 @@ from nanorun.data.sources import load_source, source_names
 from nanorun.data.text_bytes import PredictedText, predicted_text
 from nanorun.errors import UserError, nearest, printable, shown
 from nanorun.files import new_folder, write_whole
+from nanorun.head import refuse_without_fp8
 from nanorun.model import GPT
 from nanorun.names import path_word
 from nanorun.optim.averaging import make_average
@@ -138,7 +139,12 @@ def set_up(
     )
     _check_lengths(config, tokens, validation_tokens)
     predicted = _predicted(config, validation_tokens, folder, ranks)
+    if config.train.fp8_head:
+        refuse_without_fp8(device, config.model.n_embd)
     model = _new_model(config, manifest.vocab_size, device, ranks)
+    model.fp8_head = config.train.fp8_head
+    if config.model.document_mask:
+        model.document_token = document_token(manifest.tokenizer["name"], manifest.tokenizer.get("eot"))
     average = make_average(**config.average.model_dump())
     optimizers = (
         sharding.build_sharded(model, config.optim_by_role, average, ranks)
@@ -219,6 +225,16 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: 
         ) from None
     model.checkpoint_activations = config.train.checkpoint_activations
     return model
+
+
+def document_token(tokenizer: str, eot: int | None) -> int:
+    """Return the token that begins a document; UserError where a tokenizer has none."""
+    if eot is None:
+        raise UserError(
+            f"model.document_mask = true needs a token between documents, and the tokenizer {tokenizer!r} has none: "
+            "take one that has, such as gpt2, or leave model.document_mask out"
+        )
+    return eot
 
 
 def _data_folder(config: RunConfig, options: Options) -> Path:

@@ -198,8 +198,9 @@ class Stepper:
     def compile(self) -> None:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
-        Gathering stays outside what is compiled, and all blocks share one graph.
+        Gathering stays outside what is compiled, and all blocks share one graph. On CUDA so do the optimizers that can.
         """
+        self.optimizers.compile()
         if self.sharded:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
@@ -209,6 +210,7 @@ class Stepper:
 
     def forget_compiled(self) -> None:
         """Have the passes run eager code again."""
+        self.optimizers.compile(False)
         self.forward = self.working
         self._set_sparse(True)
         for block in self.model.blocks:
