@@ -36,9 +36,12 @@ def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[boo
         return False, ""
     if asked == "auto":
         why_not = _cannot_pay(stepper, eager * steps)
+        if not why_not:
+            # The first step was long by what it made; only a run that is long by it is worth a second look.
+            eager = _step_seconds(stepper)
+            why_not = _cannot_pay(stepper, eager * steps)
         if why_not:
             return False, why_not
-        eager = _step_seconds(stepper)
     began = time.perf_counter()
     failed = _try_to_compile(stepper)
     seconds = stepper.ranks.slowest(time.perf_counter() - began)
