@@ -149,6 +149,8 @@ def make_place(folder: Path) -> None:
 @contextmanager
 def a_place() -> Iterator[Path]:
     """Work inside in a new folder with that track; what a process still writes there may stay behind."""
+    # Stated, so that no run chooses a number of its own and with it other bits.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, chdir(name):
         make_place(Path(name))
         yield Path(name)

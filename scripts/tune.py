@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=100, help="seed of every trial; not one of the finals' seeds"
     )
-    parser.add_argument("--threads", type=int, default=0, help="threads of a trial; 0 leaves torch's choice")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of a trial; 0 leaves the choice to train"
+    )
     arguments = parser.parse_args()
     try:
         search(arguments)
@@ -217,13 +219,10 @@ def best_trial(document: dict[str, Any]) -> dict[str, Any]:
 def run_trial(
     arguments: argparse.Namespace, track: Track, preset: dict[str, Any], point: dict[str, Any]
 ) -> dict[str, Any]:
-    import torch
     from rich.console import Console
 
     from nanorun.training.train import Options, train
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     changes = [parse_setting(text) for text in [*arguments.settings, *as_settings(point, preset)]]
     top = {"track": track.name, "name": arguments.optim, "seed": arguments.seed}
     values = merged(track.fixed, preset, nested(changes), top)
@@ -231,7 +230,7 @@ def run_trial(
     values["validation"]["from_step"] = values["train"]["steps"]
     config = make_config(values, where=f"the search of {arguments.optim}")
     with tempfile.TemporaryDirectory() as folder:
-        options = Options(runs=Path(folder), data=arguments.data, record=False)
+        options = Options(runs=Path(folder), data=arguments.data, record=False, threads=arguments.threads)
         shortened = track.model_copy(update={"fixed": _what_is_fixed(track, values)})
         try:
             result = train(config, shortened, options, Console(quiet=True))

@@ -28,6 +28,12 @@ def _a_cache_of_their_own(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_number_of_threads():
+    """State the number of threads, so that no run of a test chooses one by the clock."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
 @pytest.fixture(scope="session")
 def shakespeare_folder(tmp_path_factory):
     """The prepared shakespeare corpus, made once; only to be read."""

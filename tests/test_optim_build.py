@@ -386,3 +386,20 @@ def test_a_role_that_the_model_lacks_is_checked_all_the_same(entry, said):
     assert "vector" not in {role.role for role in model.roles().values()}
     with pytest.raises(UserError, match=said):
         build_optimizers(model, {**MUON_AND_ADAMW, "vector": entry})
+
+
+def test_making_stepping_and_saving_optimizers_imports_no_compiler():
+    code = """if True:
+        import sys, torch
+        from nanorun.optim import create
+        for name in ("adam", "adamw", "adagrad", "muon"):
+            weight = torch.nn.Parameter(torch.ones(4, 4))
+            optimizer = create(name, [weight], lr=0.1)
+            weight.grad = torch.ones(4, 4)
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.load_state_dict(optimizer.state_dict())
+            assert bool((weight < 1).all())
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

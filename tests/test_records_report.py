@@ -185,6 +185,22 @@ def test_what_a_run_left_out_or_did_otherwise_is_noted_under_its_row():
     assert not any("finite" in note or "bits" in note for note in build_table(SOTU, seeds()).notes)
 
 
+def test_what_compiling_took_is_told_apart_from_the_seconds():
+    clock = {**a_dict()["clock"], "compile_seconds": 23.4}
+    compiled = {"software": {**a_dict()["software"], "compiled": True}, "clock": clock}
+    table = build_table(SOTU, [*seeds(name="muon", **compiled), *seeds(name="adamw")])
+    rows = by_name(table)
+    assert (rows["muon"].compile_seconds_mean, rows["adamw"].compile_seconds_mean) == (
+        pytest.approx(23.4),
+        None,
+    )
+    assert rows["muon"].seconds_mean == clock["train_seconds"]
+    told = [note for note in table.notes if "compil" in note]
+    assert told == [
+        "muon: compiled code; compiling and warming up took 23.4 s a run, which seconds leave out"
+    ]
+
+
 def test_runs_that_could_stop_at_the_target_show_their_crossing_and_nothing_else():
     table = build_table(SOTU, seeds(stop_at_target=True))
     (row,) = table.rows

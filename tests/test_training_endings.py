@@ -15,7 +15,7 @@ from nanorun.data.prepare import prepare
 from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.files import write_whole
 from nanorun.records.record import read_records
-from nanorun.training import checkpoint, compilation, machine, recording
+from nanorun.training import checkpoint, machine, recording
 from nanorun.training.progress import MetricsFile
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.step import Stepper
@@ -382,16 +382,6 @@ def test_compiling_that_fails_is_one_line_and_moves_no_bit(train, monkeypatch, f
     assert said == ["torch.compile failed here, going on without it: no compiler"]
     assert "and much more" not in out.getvalue()
     assert result["final_weights_sha256"] == eager["final_weights_sha256"]
-
-
-def test_a_short_run_on_a_cpu_is_not_compiled_and_a_long_one_is(make_stepper, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
-    assert compilation.compile_if_it_pays(make_stepper(), "auto", steps=6)[0] is False
-    assert compilation.compile_if_it_pays(make_stepper(), "off", steps=10**12)[0] is False
-    assert compiled == []
-    assert compilation.compile_if_it_pays(make_stepper(), "auto", steps=10**12)[0] is True
-    assert len(compiled) == 1
 
 
 def test_a_corpus_that_only_the_user_has_is_asked_for_with_the_command(tmp_path):

@@ -183,12 +183,26 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(said, monkeypatch, capsys):
     assert "Traceback" not in error
 
 
-def test_help_imports_neither_torch_nor_scipy_nor_wandb():
-    code = (
-        "import sys; sys.argv = ['nanorun', '--help']\n"
-        "from nanorun import cli\n"
-        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
-        "print([m for m in ('torch', 'scipy', 'wandb') if m in sys.modules])"
-    )
+HEAVY = ("torch", "numpy", "scipy", "pydantic", "rich", "psutil", "wandb", "pyarrow", "tiktoken")
+HELP = "sys.argv = ['nanorun', '--help']; from nanorun import cli\ntry:\n    cli.main()\nexcept SystemExit:\n    pass"
+
+
+@pytest.mark.parametrize(
+    "code", ["import nanorun", "import nanorun.cli", HELP], ids=["package", "cli", "help"]
+)
+def test_importing_and_helping_load_no_heavy_package(code):
+    code = f"import sys; {code}\nprint([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["report"], ["compare", "a", "b"], ["power", "--sigma", "1", "--delta", "1"]]
+)
+def test_commands_that_train_nothing_load_no_torch(words, tmp_path):
+    code = (
+        f"import sys; sys.argv = ['nanorun', *{words}]\nfrom nanorun import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip().endswith("False"), done.stdout[-300:] + done.stderr

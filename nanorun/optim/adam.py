@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,8 +68,11 @@ class GradientsInOrder(torch.optim.Optimizer):
         odd = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.stride() != p.stride()]
         for parameter, grad in odd:
             parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(grad)
+        # The function inside its decorators, which would import torch's compiler to tell it what it is not to trace.
+        update = inspect.unwrap(super().step.__func__)
         try:
-            super().step()
+            with torch.no_grad():
+                update(self)
         finally:
             for parameter, grad in odd:
                 parameter.grad = grad

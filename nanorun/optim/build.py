@@ -256,7 +256,20 @@ def _checked(key: str, given: Mapping[str, Any]) -> tuple[Algorithm, dict[str, A
         raise UserError(f"[optim.{key}] {error}") from None
 
 
+def _leave_the_compiler_out() -> None:
+    """Let torch's optimizers be made without importing torch's compiler: a second of every start.
+
+    They import it to tell it which methods it is not to trace, and nothing here traces an optimizer. A torch that
+    keeps what it told elsewhere imports it as before.
+    """
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        plain: Any = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        if "torch._dynamo" not in sys.modules:
+            setattr(plain, "__dynamo_disable", plain)
+
+
 def _construct(algorithm: Algorithm, params: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
+    _leave_the_compiler_out()
     try:
         return algorithm.cls(params, **options)
     except (TypeError, ValueError) as error:

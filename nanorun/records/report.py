@@ -113,6 +113,8 @@ class Row:
     """The seconds of each seed, in order of the seeds."""
     next_seed: int
     """One more than the largest seed that ran."""
+    compile_seconds_mean: float | None = None
+    """Compiling and warming up before the first step, of the runs with compiled code; no part of `seconds`."""
     reproduced: int = 0
     """Records of the row that somebody made again, and found to agree."""
     contested: int = 0
@@ -317,6 +319,7 @@ def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int
     crossing_seconds = _by_seed(crossed, lambda record: crossings[record.id][1])
     best = min(min((p.val_loss for p in r.validation), default=r.final_val_loss) for r in group)
     verdict = _verdict(group, losses, track, usual)
+    compiled = [record for record in full if record.software.compiled]
     return Row(
         rank=None,
         name=group[-1].name,
@@ -345,6 +348,9 @@ def _summarized(group: Sequence[Record], track: TrackView, usual: tuple[str, int
         date=max(record.created for record in group)[:10],
         seconds=tuple(seconds),
         next_seed=max(record.seed for record in group) + 1,
+        compile_seconds_mean=_mean_or_none(
+            _by_seed(compiled, lambda record: record.clock["compile_seconds"])
+        ),
     )
 
 
@@ -427,6 +433,9 @@ def _notes(row: Row, group: Sequence[Record], track: TrackView) -> Iterator[str]
     """All that a reader of this row has to know and the columns do not say."""
     if row.differs and row.differs != f"hardware = {row.hardware}":
         yield f"{row.name}: {row.differs}"
+    if row.compile_seconds_mean is not None:
+        spent = _seconds(row.compile_seconds_mean)
+        yield f"{row.name}: compiled code; compiling and warming up took {spent} s a run, which seconds leave out"
     stopped = sum(record.stop_at_target for record in group)
     if stopped:
         yield f"{row.name}: {_runs(stopped)} could stop at the target: first crossing only, no final loss"

@@ -3,52 +3,87 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from nanorun.training.step import Stepper
 
-COMPILE_SECONDS_CPU = 25.0
-"""What compiling a small GPT's step costs on two CPU cores (scripts/bench_step.py --compile)."""
-COMPILE_GAIN_CPU = 0.08
-"""Share of the step that compiled code saves there (the same command)."""
+
+class Known(NamedTuple):
+    """What compiling a step has been measured to cost and to save."""
+
+    to_width: float
+    """Holds for models up to so wide."""
+    seconds: float
+    """To compile, with nothing cached."""
+    saved: float
+    """Share of the eager step that compiled code saves."""
+
+
+KNOWN_CPU = (Known(128, 21.0, 0.20), Known(256, 21.0, 0.11), Known(float("inf"), 22.0, 0.06))
+"""Of three or four layers on two CPU cores, whole steps with Muon (docs/performance.md says with what command)."""
 
 
 def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[bool, str]:
     """Warm the stepper up, compiled or not; return whether it is compiled and a line that says why, or ''.
 
-    `asked` is `on`, `off` or `auto`: on CUDA always, on a CPU when the run is long enough to win back what
-    compiling costs. Where compiling fails, eager code goes on and the line says so.
+    `asked` is `on`, `off` or `auto`. Under `auto` a run on a CPU that is too short to win back what compiling costs
+    stays eager; any other is compiled in trial, and keeps whichever code is the faster, now that both are there.
+    Where compiling fails, eager code goes on and the line says so.
     """
     # Eager first: a micro-batch that does not fit is found before anything is compiled for its shape.
-    stepper.warm_up()
+    eager = stepper.ranks.slowest(stepper.warm_up())
     if asked == "off":
         return False, ""
-    on_cpu = stepper.device.type == "cpu"
-    if asked == "auto" and on_cpu and not stepper.ranks.any(_pays_on_cpu(stepper, steps)):
-        return False, ""
-    failed = ""
+    if asked == "auto":
+        why_not = _cannot_pay(stepper, eager * steps)
+        if not why_not:
+            # The first step was long by what it made; only a run that is long by it is worth a second look.
+            eager = _step_seconds(stepper)
+            why_not = _cannot_pay(stepper, eager * steps)
+        if why_not:
+            return False, why_not
+    began = time.perf_counter()
+    failed = _try_to_compile(stepper)
+    seconds = stepper.ranks.slowest(time.perf_counter() - began)
+    # All ranks compute alike, or the run would have other bits when it is resumed.
+    if stepper.ranks.any(bool(failed)):
+        stepper.forget_compiled()
+        return False, f"torch.compile failed here, going on without it: {failed or 'on another rank'}"
+    if asked == "on":
+        return True, f"compiled code, as asked; compiling took {seconds:.0f} s"
+    compiled = _step_seconds(stepper)
+    found = f"compiling took {seconds:.0f} s, and a step {compiled:.3g} s in place of {eager:.3g} s"
+    if compiled < eager:
+        return True, f"compiled code: {found}, {(eager - compiled) * steps:.0f} s less in all"
+    stepper.forget_compiled()
+    return False, f"eager code: {found}"
+
+
+def _cannot_pay(stepper: Stepper, run_seconds: float) -> str:
+    """Return why a run of so many seconds is not worth compiling for; empty where it could be, and on CUDA."""
+    if stepper.device.type != "cpu":
+        return ""
+    known = next(one for one in KNOWN_CPU if stepper.config.model.n_embd <= one.to_width)
+    saved = run_seconds * known.saved
+    if saved > known.seconds:
+        return ""
+    return f"eager code: compiling takes about {known.seconds:.0f} s, and would save about {saved:.0f} s of this run"
+
+
+def _step_seconds(stepper: Stepper) -> float:
+    """Return the seconds of the better of two steps, of the slowest rank."""
+    return stepper.ranks.slowest(min(stepper.warm_up() for _ in range(2)))
+
+
+def _try_to_compile(stepper: Stepper) -> str:
+    """Have the stepper run compiled code; return why it cannot, in a line, or ''."""
     try:
         stepper.compile()
         stepper.warm_up()
     except Exception as error:  # the compiler's own errors have no common class
         reason = str(error).strip().splitlines()
-        failed = reason[0][:200] if reason else type(error).__name__
         stepper.forget_compiled()
         stepper.optimizers.zero_grad()
         stepper.warm_up()
-    # All ranks compute alike, or the run would have other bits when it is resumed.
-    if not stepper.ranks.any(bool(failed)):
-        return True, ""
-    stepper.forget_compiled()
-    return False, f"torch.compile failed here, going on without it: {failed or 'on another rank'}"
-
-
-def _pays_on_cpu(stepper: Stepper, steps: int) -> bool:
-    began = time.perf_counter()
-    stepper.warm_up()
-    expected = (time.perf_counter() - began) * steps * stepper.rows_of_rank / _rows_warmed(stepper)
-    return expected * COMPILE_GAIN_CPU > COMPILE_SECONDS_CPU
-
-
-def _rows_warmed(stepper: Stepper) -> int:
-    rest = stepper.rows_of_rank % stepper.micro_batch_rows
-    return (stepper.micro_batch_rows + rest) * len(stepper.lengths)
+        return reason[0][:200] if reason else type(error).__name__
+    return ""

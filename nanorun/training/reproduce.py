@@ -474,6 +474,7 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         skip_bad_steps=plan.record.skipped_steps,
         deterministic=plan.record.software.deterministic,
         reproduces=plan.record.id,
+        threads=plan.n_threads,
     )
     with distributed.taking_part():
         train(plan.config, _track_of(plan.record), options, console, resume=resume)

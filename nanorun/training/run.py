@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig, make_config, resolve, resolve_values
@@ -78,6 +79,8 @@ def train_seeds(
                 mine = {**options, "run": f"{options['run']}{several}"} if several else options
                 more = len(results) + 1 < len(configs)
                 results.append(train(config, track, Options(**mine), console, more_follow=more))
+                # All seeds compute alike, or their seconds would be those of several machines.
+                options = {**options, "threads": torch.get_num_threads()}
         return results
     except Stopped as stopped:
         left = len(configs) - len(results) - 1

@@ -83,6 +83,8 @@ class Options:
     """How many steps whose loss or gradient is not finite are left out before the run fails."""
     allow_inexact: bool = False
     """Take a run up where the bits will differ from one that was never stopped."""
+    threads: int = 0
+    """Threads to compute with on a CPU; 0: what the environment states, or else what is fastest."""
 
 
 @dataclasses.dataclass

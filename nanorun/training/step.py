@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -232,9 +233,10 @@ class Stepper:
         if self.optimizers.evaluates_other_weights:
             self.refresh_working_copy()
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
 
+        Returns the seconds that a step takes by it: what it ran, for as many rows as a step has.
         On CUDA a micro-batch that does not fit is halved, and the tokens of the step stay.
         """
         parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
@@ -242,7 +244,7 @@ class Stepper:
         blank = copy.deepcopy(self.optimizers.own_state_dict())
         while True:
             try:
-                self._dummy_step()
+                seconds = self._dummy_step()
                 break
             except torch.OutOfMemoryError:
                 self.optimizers.zero_grad()
@@ -264,19 +266,22 @@ class Stepper:
         self.refresh_working_copy()
         # All ranks take the size that fits the smallest of them.
         self.micro_batch_rows = round(-self.ranks.slowest(-float(self.micro_batch_rows)))
+        return seconds
 
-    def _dummy_step(self) -> None:
+    def _dummy_step(self) -> float:
         generator = torch.Generator().manual_seed(0)
         rows = {min(self.micro_batch_rows, self.rows_of_rank), self.rows_of_rank % self.micro_batch_rows} - {
             0
         }
         loss = torch.zeros((), device=self.device)
+        began = self._now()
         for n_rows in sorted(rows, reverse=True):
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             pair = self.to_device(idx_BT, idx_BT.clone())
             for length in self.lengths:
                 loss = self.backward(*self._cut(length, Span(0, n_rows), pair))
+        passed = self._now()
         try:
             # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
             self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
@@ -289,6 +294,13 @@ class Stepper:
                 f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
             ) from error
+        a_row = (passed - began) / (sum(rows) * len(self.lengths))
+        return a_row * self.rows_of_rank + self._now() - passed
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:

@@ -20,7 +20,7 @@ from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.files import write_whole
 from nanorun.optim.schedules import scale_at
 from nanorun.tracks import Track
-from nanorun.training import checkpoint, distributed, machine, recording, sharding
+from nanorun.training import checkpoint, distributed, machine, recording, sharding, threads
 from nanorun.training.alone import alone
 from nanorun.training.clock import TrainingClock
 from nanorun.training.compilation import compile_if_it_pays
@@ -80,6 +80,7 @@ def _train(
     if not ranks.leads:
         console = Console(quiet=True)
     place = options.runs / options.run if resume is None and options.run else resume
+    watcher = threads.Watcher()
     with ExitStack() as held:
         if place is not None:
             held.enter_context(alone(place, ranks))
@@ -99,11 +100,15 @@ def _train(
             run = set_up(config, track, options, console, clock, device, ranks, begun)
         if place is None:
             held.enter_context(alone(run.folder, ranks))
-        return _carry_out(run, saved, begun, more_follow)
+        return _carry_out(run, saved, begun, more_follow, watcher)
 
 
 def _carry_out(
-    run: Run, saved: checkpoint.Checkpoint | None, begun: Begun, more_follow: bool
+    run: Run,
+    saved: checkpoint.Checkpoint | None,
+    begun: Begun,
+    more_follow: bool,
+    watcher: threads.Watcher,
 ) -> dict[str, Any]:
     """Return what `train` does of a run that is set up and whose folder is held."""
     told = _naming_what_is_saved(run.folder, run.config, run.ranks, run)
@@ -112,6 +117,8 @@ def _carry_out(
         with _leaving_no_empty_folder(run, begun):
             asked = choose_as_before(run, saved) if saved else run.config.train.compile
             with run.clock.paused("compile"):
+                if run.device.type == "cpu" and not saved:
+                    say(run.console, threads.settle(run.stepper, watcher, run.options.threads))
                 run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=run.config.train.steps)
                 say(run.console, line)
                 machine.forget_peak_memory(run.device)
