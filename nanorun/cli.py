@@ -168,7 +168,8 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     compile: Annotated[Literal["auto", "on", "off"] | None, typer.Option(help="torch.compile.")] = None,
     checkpoint_activations: Annotated[
-        Literal["none", "block"] | None, typer.Option(help="Trade time for memory.")
+        Literal["none", "block", "selective", "auto"] | None,
+        typer.Option(help="Trade time for memory; auto takes the cheapest that fits."),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -635,6 +636,42 @@ def sample(
     text = write(run, prompt=prompt, n_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
     # A model may write any byte; those that steer a terminal reach none.
     typer.echo(printable(text) if sys.stdout.isatty() else text)
+
+
+@app.command(epilog="Example: nanorun memory --track shakespeare --set train.micro_batch_rows=16 --measure")
+def memory(
+    track: Annotated[str | None, typer.Option(help=f"The competition: {TRACKS}.")] = None,
+    optim: Annotated[
+        str | None, typer.Option(help="A preset under the track, or path/to/file.py:Class.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    data: DataDir = Path("data"),
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Run two steps on made-up tokens, and set what they took beside it."),
+    ] = False,
+    lecture: Annotated[
+        bool,
+        typer.Option(
+            "--lecture",
+            help="Instead: a GPT-2 of 1.5 billion parameters, by the lecture's formulas and as nanorun trains it.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will hold in memory, before anything runs: states, activations, buffers."""
+    from nanorun.training.memory_show import account_of, lecture_account, show
+
+    given = track or optim or settings or measure
+    if lecture and given:
+        raise UserError("--lecture is an account of its own shape; beside it goes --json alone")
+    account = (
+        lecture_account() if lecture else account_of(track, optim, settings or [], device, data, measure)
+    )
+    _print_json(account, as_json)
+    if not as_json:
+        show(account, _console(False))
 
 
 @app.command(epilog="Example: nanorun optimizers muon")

@@ -156,7 +156,9 @@ class TrainConfig(_Strict):
     precision: Literal["auto", "fp32", "bf16", "bf16_master"] = "auto"
     """`auto`: fp32 on CPU, bf16 autocast on CUDA. `bf16_master`: bf16 weights with fp32 master copies."""
     compile: Literal["auto", "on", "off"] = "auto"
-    checkpoint_activations: Literal["none", "block"] = "none"
+    checkpoint_activations: Literal["none", "block", "selective", "auto"] = "none"
+    """What the backward pass computes again: nothing; all of each block; all but matrix products and attention;
+    `auto`, the cheapest of these that fits the memory. The bits are the same."""
     shard: Literal["none", "fsdp"] = "none"
     """What many ranks keep: `none`, all of the model on each; `fsdp`, a share of it on each, blocks being gathered
     as they are needed. On CUDA `micro_batch_rows` = 0 is then 1."""

@@ -6,12 +6,13 @@ Shapes: B rows, T positions, C = n_embd channels, H heads, D = C / H channels pe
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanorun import head
 from nanorun.documents import attention_in_documents, document_mask
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from nanorun.config import ModelConfig
 
 Role = Literal["embedding", "table", "head", "matrix", "vector"]
+
+Recomputed = Literal["none", "selective", "block"]
+"""What the backward pass computes again instead of keeping it: nothing, all but products and attention, or all."""
+CHEAPEST_FIRST: tuple[Recomputed, ...] = get_args(Recomputed)
 
 IGNORED_TARGET = -1
 
@@ -191,19 +196,50 @@ class Block(nn.Module):
         return x_BTC if drop_keys_B is None else dropout(x_BTC, drop_keys_B, self.dropout)
 
 
+_aten: Any = torch.ops.aten
+EXPENSIVE = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""What takes longer to compute again than its memory is worth. No batched products: in a block these are the weights
+of attention written out, (T, T) for every head (arXiv:2205.05198)."""
+
+
+def _keep_the_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(what: Recomputed, block: Block, *args: Any) -> Tensor:
+    """Return `block(*args)`, of which the backward pass computes `what` again: "block" or "selective"."""
+    options: dict[str, Any] = {}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_the_expensive)
+    # Nothing in a block is drawn from a generator whose state would have to be put back.
+    y_BTC: Tensor = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    return y_BTC
+
+
 class GPT(nn.Module):
     """A decoder whose every difference between GPT-2 and later practice is a field of the config.
 
     The weights are torch's until `initialise(seed)` sets them. Set `checkpoint_activations` to "block" to
-    keep only each block's input for the backward pass and compute the rest again, `document_token` to the token that
-    begins a document where the config masks documents, and `fp8_head` for a head whose products are in FP8 in training.
+    keep only each block's input for the backward pass and compute the rest again, or to "selective" to keep
+    what its matrix products and its attention came to as well: the bits are the same. Set `document_token` to the
+    token that begins a document where the config masks documents, and `fp8_head` for a head whose products are in
+    FP8 in training.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config, self.vocab_size = config, vocab_size
-        self.checkpoint_activations: Literal["none", "block"] = "none"
+        self.checkpoint_activations: Recomputed = "none"
         self.document_token: int | None = None
         self.fp8_head = False
         n_embd = config.n_embd
@@ -259,23 +295,14 @@ class GPT(nn.Module):
             x_BTC = x_BTC + self.ngrams(idx_BT, self._ngram_keys(drop_keys_B), self.config.ngram_dropout)
         if drops:
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
-        recompute = self.checkpoint_activations == "block" and self.training and torch.is_grad_enabled()
-        documents = self.document_mask(idx_BT, recompute) if self.config.document_mask else None
+        keeps_all = self.checkpoint_activations == "none" or not (self.training and torch.is_grad_enabled())
+        documents = self.document_mask(idx_BT, not keeps_all) if self.config.document_mask else None
         for layer, block in enumerate(self.blocks):
             keys_B = keys_at(drop_keys_B, layer) if drops else None
-            if recompute:
-                # Nothing in a block is drawn from a generator whose state would have to be put back.
-                x_BTC = checkpoint(
-                    block,
-                    x_BTC,
-                    rotary_T11D,
-                    keys_B,
-                    documents,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
+            if keeps_all:
                 x_BTC = block(x_BTC, rotary_T11D, keys_B, documents)
+            else:
+                x_BTC = recomputed(self.checkpoint_activations, block, x_BTC, rotary_T11D, keys_B, documents)
         return x_BTC
 
     def _ngram_keys(self, drop_keys_B: Tensor | None) -> Tensor | None:

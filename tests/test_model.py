@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanorun.dropout import kept, row_keys
 from nanorun.model import GPT, SquaredReLU, attention_under_dropout, rotate
@@ -206,14 +207,25 @@ def test_loss_of_no_targets_is_zero_not_nan():
 def test_checkpointed_blocks_give_the_same_bits(config, dropout):
     tokens = make_tokens()
     results = []
-    for mode in ("none", "block"):
+    for mode in ("none", "block", "selective"):
         model = make_model(dataclasses.replace(config, dropout=dropout)).train()
         model.checkpoint_activations = mode
         loss_sum, _ = model(tokens[:, :-1], tokens[:, 1:], keys_of_rows(3))
         torch.manual_seed(len(results))
         loss_sum.backward()
         results.append([loss_sum.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+def test_selective_checkpointing_computes_no_product_of_a_block_again():
+    model, tokens = make_model(MODERN), make_tokens()
+    n_flops = {}
+    for mode in ("none", "selective", "block"):
+        model.checkpoint_activations = mode
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens)[0].backward()
+        n_flops[mode] = counter.get_total_flops()
+    assert n_flops["none"] == n_flops["selective"] < n_flops["block"]
 
 
 def test_checkpointing_computes_blocks_again_in_the_backward_pass_only_when_training():

@@ -138,18 +138,29 @@ def test_a_warm_up_leaves_no_trace(make_stepper, preset, precision):
     assert weights_sha256(warm.model) == weights_sha256(cold.model)
 
 
-def test_a_warm_up_that_runs_out_of_memory_halves_the_micro_batch(make_stepper, monkeypatch):
+def no_memory_on_cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_memory_on_the_cpu():
+    torch.empty(2**55, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("run_out", [no_memory_on_cuda, no_memory_on_the_cpu])
+def test_a_warm_up_that_runs_out_of_memory_halves_the_micro_batch(make_stepper, monkeypatch, run_out):
     real = Stepper.backward
 
     def small(self, idx_BT, targets_BT):
         if len(idx_BT) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
         return real(self, idx_BT, targets_BT)
 
     monkeypatch.setattr(Stepper, "backward", small)
     stepper = make_stepper("train.micro_batch_rows=8")
     stepper.warm_up()
     assert stepper.micro_batch_rows == 2
+    assert "8 rows do not fit the memory at once: 2 are taken at a time" in stepper.halved
+    assert "the same 512 tokens a step" in stepper.halved
     assert losses(stepper, 3) == pytest.approx(losses(make_stepper("train.micro_batch_rows=1"), 3), abs=1e-5)
 
 
@@ -194,11 +205,13 @@ def test_bf16_masters_follow_fp32(make_stepper):
     assert low == pytest.approx(full, abs=0.02)
 
 
-@pytest.mark.parametrize("arch", ["modern", "gpt2"])
-def test_recomputing_activations_gives_the_same_bits_even_with_dropout(make_stepper, arch):
+@pytest.mark.parametrize(
+    ("arch", "way"), [("modern", "block"), ("modern", "selective"), ("gpt2", "selective")]
+)
+def test_recomputing_activations_gives_the_same_bits_even_with_dropout(make_stepper, arch, way):
     settings = (f"model.arch={arch}", "model.dropout=0.2")
     plain = make_stepper(*settings)
-    recomputed = make_stepper(*settings, "train.checkpoint_activations=block")
+    recomputed = make_stepper(*settings, f"train.checkpoint_activations={way}")
     assert losses(plain, 4) == losses(recomputed, 4)
     assert weights_sha256(plain.model) == weights_sha256(recomputed.model)
 

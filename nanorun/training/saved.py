@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nanorun.errors import UserError, first_line, shown
+from nanorun.model import CHEAPEST_FIRST
 from nanorun.optim.build import OptimizerSet
 from nanorun.records.record import (
     Code,
@@ -50,6 +51,7 @@ class _Choices:
     n_ranks: int
     torch: str
     hardware: str
+    checkpoint_activations: str = "none"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ def check_state(state: Mapping[str, Any], path: Path, *, steps: int) -> None:
         if not 1 <= found.choices.n_threads <= MOST_THREADS:
             raise RecordError(
                 f"is {found.choices.n_threads}; wanted 1 to {MOST_THREADS}", "choices.n_threads"
+            )
+        if found.choices.checkpoint_activations not in CHEAPEST_FIRST:
+            raise RecordError(
+                f"is {ascii(found.choices.checkpoint_activations)[:60]}; wanted {', '.join(CHEAPEST_FIRST)}",
+                "choices.checkpoint_activations",
             )
         clock = state.get("clock")
         if not isinstance(clock, dict) or not all(_is_seconds(value) for value in clock.values()):

@@ -37,6 +37,7 @@ from nanorun.tracks import Track
 from nanorun.training import checkpoint, machine, sharding
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
+from nanorun.training.memory import choose_activations
 from nanorun.training.outcome import Outcome
 from nanorun.training.saved import check_optimizer, check_state, check_weights, refused
 from nanorun.training.step import Stepper, chosen_precision
@@ -225,7 +226,8 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: 
             f"a model of {config.model.n_layer} layers, {config.model.n_embd} wide, does not fit this machine "
             f"({reason[:200]}); make model.n_embd or model.n_layer smaller"
         ) from None
-    model.checkpoint_activations = config.train.checkpoint_activations
+    if config.train.checkpoint_activations != "auto":
+        model.checkpoint_activations = config.train.checkpoint_activations
     return model
 
 
@@ -430,10 +432,19 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
     """Take the machine's choices from the checkpoint, and return whether to compile, `on` or `off`."""
     check_state(saved.state, saved.path, steps=run.config.train.steps)
     before = saved.state["choices"]
+    if run.config.train.checkpoint_activations == "auto":
+        run.stepper.recompute(before.get("checkpoint_activations", "none"))
     run.stepper.micro_batch_rows = min(int(before["micro_batch_rows"]), run.stepper.rows_of_rank)
     if run.device.type == "cpu":
         torch.set_num_threads(int(before["n_threads"]))
     return "on" if before["compiled"] else "off"
+
+
+def choose(run: Run) -> str:
+    """Choose what a new run leaves to the machine, saying so, and return whether to compile as the config has it."""
+    if run.config.train.checkpoint_activations == "auto":
+        say(run.console, choose_activations(run.stepper))
+    return run.config.train.compile
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -543,7 +554,9 @@ def mix_of(run: Run) -> list[dict[str, Any]]:
 
 
 def choices(run: Run) -> dict[str, Any]:
+    asked = run.config.train.checkpoint_activations
     return {
+        **({"checkpoint_activations": run.model.checkpoint_activations} if asked == "auto" else {}),
         "micro_batch_rows": run.stepper.micro_batch_rows,
         "compiled": run.compiled,
         "deterministic": run.options.deterministic,

@@ -17,7 +17,7 @@ from nanorun.data.batches import TokenSet
 from nanorun.data.mix import Mix, training_rows
 from nanorun.dropout import row_keys
 from nanorun.errors import UserError, first_line
-from nanorun.model import GPT
+from nanorun.model import GPT, Recomputed
 from nanorun.optim.build import OptimizerSet
 from nanorun.training import sharding
 from nanorun.training.distributed import Ranks
@@ -68,7 +68,8 @@ class Stepper:
         self.device, self.ranks = device, ranks
         self.sharded = isinstance(optimizers, sharding.ShardedOptimizers)
         self.rows_of_rank = config.rows_per_step // ranks.n_ranks
-        self.micro_batch_rows = self._first_guess()
+        self.asked_rows = first_micro_batch(config, device, self.rows_of_rank, sharded=self.sharded)
+        self.micro_batch_rows = self.asked_rows
         self.lengths = sorted({*config.train.length_schedule} or {config.model.context_len})
         self.precision = chosen_precision(config.train.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -95,15 +96,6 @@ class Stepper:
                 for parameter in group["params"]
             )
             tables.sparse = wanted and reads and self.ranks.n_ranks == 1 and not self.sharded
-
-    def _first_guess(self) -> int:
-        asked = self.config.train.micro_batch_rows
-        if not asked:
-            on_cpu = max(1, MICRO_BATCH_TOKENS_CPU // self.config.model.context_len)
-            # A rank without memory cannot tell those that wait for it in the same pass to try a smaller one.
-            on_cuda = 1 if self.sharded else self.rows_of_rank
-            asked = on_cpu if self.device.type == "cpu" else on_cuda
-        return min(asked, self.rows_of_rank)
 
     def batch(self, step: int, first: int, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets of `n_rows` rows of this rank's share of a step, on the device."""
@@ -196,6 +188,20 @@ class Stepper:
         if self.working is not self.model:
             torch._foreach_copy_(list(self.working.parameters()), list(self.model.parameters()))
 
+    def recompute(self, what: Recomputed) -> None:
+        """Have the backward passes compute that again from now on, instead of keeping it."""
+        self.model.checkpoint_activations = self.working.checkpoint_activations = what
+
+    @property
+    def halved(self) -> str:
+        """A line that says so where a micro-batch of the size asked for did not fit; else ''."""
+        if self.micro_batch_rows == self.asked_rows:
+            return ""
+        return (
+            f"{self.asked_rows:,} rows do not fit the memory at once: {self.micro_batch_rows:,} are taken at a time, "
+            f"and their gradients added up to the same {self.config.train.batch_tokens:,} tokens a step"
+        )
+
     def compile(self) -> None:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
@@ -236,30 +242,27 @@ class Stepper:
     def warm_up(self) -> float:
         """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
 
-        Returns the seconds that a step takes by it: what it ran, for as many rows as a step has.
-        On CUDA a micro-batch that does not fit is halved, and the tokens of the step stay.
+        Returns the seconds that a step takes by it: what it ran, for as many rows as a step has. A micro-batch
+        that does not fit is halved until it does, here and never later, and the tokens of the step stay.
         """
         parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
         weights = [p.detach().clone() for p in parameters]
         blank = copy.deepcopy(self.optimizers.own_state_dict())
-        while True:
-            try:
-                seconds = self._dummy_step()
-                break
-            except torch.OutOfMemoryError:
-                self.optimizers.zero_grad()
-                gc.collect()
+        while (seconds := self._seconds_if_it_fits()) is None:
+            self.optimizers.zero_grad()
+            gc.collect()
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-                if self.sharded and self.micro_batch_rows > 1:
-                    raise UserError(
-                        f"{self.micro_batch_rows} rows do not fit the device's memory beside this rank's share of "
-                        "the model: set train.micro_batch_rows smaller"
-                    ) from None
-                if self.micro_batch_rows == 1:
-                    raise UserError(
-                        "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
-                    ) from None
-                self.micro_batch_rows = max(1, self.micro_batch_rows // 2)
+            if self.sharded and self.micro_batch_rows > 1:
+                raise UserError(
+                    f"{self.micro_batch_rows} rows do not fit the device's memory beside this rank's share of "
+                    "the model: set train.micro_batch_rows smaller"
+                )
+            if self.micro_batch_rows == 1:
+                raise UserError(
+                    "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
+                )
+            self.micro_batch_rows //= 2
         with torch.no_grad():
             torch._foreach_copy_(parameters, weights)
         self.optimizers.load_state_dict(blank)
@@ -267,6 +270,16 @@ class Stepper:
         # All ranks take the size that fits the smallest of them.
         self.micro_batch_rows = round(-self.ranks.slowest(-float(self.micro_batch_rows)))
         return seconds
+
+    def _seconds_if_it_fits(self) -> float | None:
+        """Return the seconds of a step of made-up tokens; None where it does not fit the memory."""
+        try:
+            return self._dummy_step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # The error holds on to what the pass had in memory, until here.
+            return None
 
     def _dummy_step(self) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -287,7 +300,7 @@ class Stepper:
             self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             outside = [name for name in self.optimizers.names if ":" in name]
-            if not outside or isinstance(error, torch.OutOfMemoryError):
+            if not outside or is_out_of_memory(error):
                 raise
             reason = first_line(error)
             raise UserError(
@@ -301,6 +314,24 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def first_micro_batch(
+    config: RunConfig, device: torch.device, rows_of_rank: int, *, sharded: bool = False
+) -> int:
+    """Return the rows of a micro-batch that are tried first: those asked for, else as many as the device likes."""
+    asked = config.train.micro_batch_rows
+    if not asked:
+        on_cpu = max(1, MICRO_BATCH_TOKENS_CPU // config.model.context_len)
+        # A rank without memory cannot tell those that wait for it in the same pass to try a smaller one.
+        on_cuda = 1 if sharded else rows_of_rank
+        asked = on_cpu if device.type == "cpu" else on_cuda
+    return min(asked, rows_of_rank)
 
 
 def chosen_precision(asked: str, device: torch.device) -> str:

@@ -33,6 +33,7 @@ from nanorun.training.setup import (
     Run,
     begin_again,
     choices,
+    choose,
     choose_as_before,
     mix_of,
     read_saved,
@@ -115,12 +116,14 @@ def _carry_out(
     with _listening(run), told, ExitStack() as stack:
         stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
         with _leaving_no_empty_folder(run, begun):
-            asked = choose_as_before(run, saved) if saved else run.config.train.compile
+            with run.clock.paused("setup"):
+                asked = choose_as_before(run, saved) if saved else choose(run)
             with run.clock.paused("compile"):
                 if run.device.type == "cpu" and not saved:
                     say(run.console, threads.settle(run.stepper, watcher, run.options.threads))
                 run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=run.config.train.steps)
                 say(run.console, line)
+                say(run.console, run.stepper.halved)
                 machine.forget_peak_memory(run.device)
             with run.clock.paused("setup"):
                 if saved:
