@@ -259,7 +259,6 @@ def amounts(stepper: Stepper) -> dict[str, float]:
         # Weight, gradient and moments read, weight and moments written, in fp32.
         "update_bytes": 28 * (n_parameters - muon[0]) + 20 * muon[0],
         "newton_schulz_flops": muon[1],
-        "parameter_bytes": 4 * n_parameters,
         "micro_stream_bytes": 4 * micro_tokens * config.n_layer * config.n_embd,
         "micro_logits_bytes": 4 * micro_tokens * model.vocab_size,
         "process": 1,
@@ -303,7 +302,10 @@ def sweep(points: Sequence[Point], arguments: argparse.Namespace) -> list[dict[s
             f"update {row['update_seconds']:7.3f} s  peak {peak:7,.0f} MiB  {row['steps']} steps",
             flush=True,
         )
-        write_figures(out, "bench_scaling.py", arguments.words, rows=list(rows.values()))
+        # The command of the whole, whatever the pieces were.
+        words = ["--json", str(out)]
+        hardware = machine.hardware(distributed.pick_device("auto"), 1)
+        write_figures(out, "bench_scaling.py", words, hardware=hardware, rows=list(rows.values()))
     return list(rows.values())
 
 
@@ -320,28 +322,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--write-docs", type=Path, metavar="FILE")
     parser.add_argument("--one", choices=list(POINTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    arguments.words = argv
     if arguments.one:
         row = measure(POINTS[arguments.one], arguments.seconds)
         if not int(os.environ.get("RANK", "0")):
             arguments.json.write_text(json.dumps(row))
         distributed.leave()
         return
+    there = {point.name: point for point in POINTS.values() if point.n_ranks <= most_ranks()}
     chosen = [
-        point for name, point in POINTS.items() if any(fnmatch.fnmatch(name, p) for p in arguments.points)
+        point for name, point in there.items() if any(fnmatch.fnmatch(name, p) for p in arguments.points)
     ]
     if not chosen:
-        parser.error(f"--points {' '.join(arguments.points)}: there are {', '.join(POINTS)}")
-    sweep(chosen, arguments)
+        parser.error(f"--points {' '.join(arguments.points)}: there are {', '.join(there)}")
+    rows = sweep(chosen, arguments)
+    missing = there.keys() - {row["name"] for row in rows}
+    if missing:
+        print(f"{len(missing)} of {len(there)} points are missing: the law waits for them")
+        return
     document = json.loads(arguments.json.read_text())
-    if len(document["rows"]) == len(POINTS):
-        print(summary(document))
-        if arguments.write_docs:
-            write_docs(document, arguments.write_docs)
-    else:
-        print(
-            f"{len(POINTS) - len(document['rows'])} of {len(POINTS)} points are missing: the law waits for them"
-        )
+    print(summary(document))
+    if arguments.write_docs:
+        write_docs(document, arguments.write_docs)
+
+
+def most_ranks() -> int:
+    """Return how many ranks this machine can start: on a CPU as many as are asked for."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 4
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ PASSES = (
     Term("attention_flops", "attention, 12·layers·width·context FLOP a token", "GFLOP/s"),
     Term("stream_bytes", "residual stream, 4 bytes a token, layer and channel", "GB/s"),
     Term("logits_bytes", "logits, 4 bytes a token and word of the vocabulary", "GB/s"),
-    Term("gradient_bytes", "gradients, 4 bytes a parameter and micro-batch", "GB/s"),
+    Term("gradient_bytes", "weights and gradients, 4 bytes a parameter and micro-batch", "GB/s"),
 )
 UPDATE = (
     Term("tensors", "each parameter tensor"),
@@ -54,7 +54,6 @@ UPDATE = (
 )
 MEMORY = (
     Term("process", "the process with torch", "MiB"),
-    Term("parameter_bytes", "each parameter", "bytes"),
     Term("micro_stream_bytes", "each token, layer and channel of a micro-batch", "bytes"),
     Term("micro_logits_bytes", "each logit of a micro-batch", "bytes"),
 )
@@ -68,11 +67,11 @@ class Law:
     costs: Sequence[float]
 
     def __call__(self, amounts: Mapping[str, float]) -> float:
-        return sum(cost * amounts[term.amount] for term, cost in zip(self.terms, self.costs))
+        return sum(self.parts(amounts).values())
 
-    def shares(self, amounts: Mapping[str, float]) -> list[float]:
-        """Return each term's share of the whole."""
-        return [cost * amounts[term.amount] / self(amounts) for term, cost in zip(self.terms, self.costs)]
+    def parts(self, amounts: Mapping[str, float]) -> dict[str, float]:
+        """Return what each term adds."""
+        return {term.amount: cost * amounts[term.amount] for term, cost in zip(self.terms, self.costs)}
 
 
 def fit(terms: Sequence[Term], amounts: Sequence[Mapping[str, float]], found: Sequence[float]) -> Law:
@@ -102,11 +101,14 @@ def agreement(predicted: Sequence[float], found: Sequence[float]) -> Agreement:
 class Laws(NamedTuple):
     passes: Law
     update: Law
-    memory: Law
-    """MiB."""
+    beside_states: Law
+    """MiB at the peak beside weights, gradients and the optimizer's state, which are counted."""
 
     def seconds(self, row: Row) -> float:
         return self.passes(row["amounts"]) + self.update(row["amounts"])
+
+    def peak_mib(self, row: Row) -> float:
+        return states_mib(row) + self.beside_states(row["amounts"])
 
 
 def alone(document: Mapping[str, Any]) -> list[Row]:
@@ -121,8 +123,13 @@ def fit_all(document: Mapping[str, Any]) -> Laws:
     amounts = [row["amounts"] for row in rows]
     passes = fit(PASSES, amounts, [row["step_seconds"] - row["update_seconds"] for row in rows])
     update = fit(UPDATE, amounts, [row["update_seconds"] for row in rows])
-    memory = fit(MEMORY, amounts, [peak_mib(row) for row in rows])
-    return Laws(passes, update, memory)
+    beside_states = fit(MEMORY, amounts, [peak_mib(row) - states_mib(row) for row in rows])
+    return Laws(passes, update, beside_states)
+
+
+def states_mib(row: Row) -> float:
+    """Return what weights, fp32 gradients and the optimizer's state hold on one rank."""
+    return float(8 * row["n_parameters"] + row["ranks"][0]["state_bytes"]) / 2**20
 
 
 def peak_mib(row: Row) -> float:
@@ -134,13 +141,17 @@ def summary(document: Mapping[str, Any]) -> str:
     """Return the section of docs/performance.md that a sweep's figures make."""
     laws = fit_all(document)
     about = document["hardware"]
-    name = f"{about['n_cpus']} cores, {about['cpu_name']}, torch {document['software']['torch']}"
+    name = f"{about['n_cpus']} cores, {about['device_name']}, torch {document['software']['torch']}"
     parts = [
-        f"`{document['command']}` ({name}); every point a process of its own, medians of the steps after the first.",
+        f"`{document['command']}` ({name}); every point a process of its own, medians of the steps after the first. "
+        "The largest models take few tokens a step, to be measured at all: a run's steps have more, and the update, "
+        "which costs the same whatever their number, is a smaller part of them.",
         _points_table(alone(document), laws),
         "The law, fitted to the rows that are not held out (non-negative least squares of the relative error): a "
         "step's seconds are the sum of these amounts, each over its rate.",
         _law_table(laws),
+        "Where a step's time goes by the law:",
+        _shares_table(alone(document), laws),
         _quality(alone(document), laws),
         "![tokens a second by size](scaling.svg)\n![tokens a second by context](scaling-context.svg)",
         _ranks_text(document),
@@ -193,14 +204,31 @@ def _law_table(laws: Laws) -> str:
             if not cost:
                 rate = "nothing that could be told from 0"
             else:
-                rate = f"{1e-9 / cost:,.1f} {term.unit}" if term.unit else f"{1e3 * cost:.2f} ms"
+                rate = f"{1e-9 / cost:.3g} {term.unit}" if term.unit else f"{1e3 * cost:.2f} ms"
             cells.append((part, term.meaning, rate))
     cells += [
         # The amounts are bytes of fp32 numbers, so a number costs four times what a byte does.
-        ("peak memory", term.meaning, f"{cost * (2**22 if term.unit == 'bytes' else 1):,.1f} {term.unit}")
-        for term, cost in zip(laws.memory.terms, laws.memory.costs)
+        (
+            "peak beside states",
+            term.meaning,
+            f"{cost * (2**22 if term.unit == 'bytes' else 1):,.1f} {term.unit}",
+        )
+        for term, cost in zip(laws.beside_states.terms, laws.beside_states.costs)
     ]
     return table(("part", "amount", "rate or cost"), cells, left=2)
+
+
+def _shares_table(rows: Sequence[Row], laws: Laws) -> str:
+    """Return the share of each term that costs anything."""
+    terms = [t for law in (laws.passes, laws.update) for t, cost in zip(law.terms, law.costs) if cost]
+    cells = []
+    for row in rows:
+        seconds = {**laws.passes.parts(row["amounts"]), **laws.update.parts(row["amounts"])}
+        shares = [seconds[term.amount] / sum(seconds.values()) for term in terms]
+        cells.append((row["name"], *(f"{share:.0%}" for share in shares)))
+    return table(
+        ("point", *(term.amount.rpartition("_")[0].replace("_", " ") or term.amount for term in terms)), cells
+    )
 
 
 def _quality(rows: Sequence[Row], laws: Laws) -> str:
@@ -208,17 +236,23 @@ def _quality(rows: Sequence[Row], laws: Laws) -> str:
     for held_out, what in ((False, "fitted"), (True, "held out")):
         chosen = [row for row in rows if (row["name"] in HELD_OUT) == held_out]
         of_time = agreement([laws.seconds(r) for r in chosen], [r["step_seconds"] for r in chosen])
-        of_memory = agreement([laws.memory(r["amounts"]) for r in chosen], [peak_mib(r) for r in chosen])
+        of_memory = agreement([laws.peak_mib(r) for r in chosen], [peak_mib(r) for r in chosen])
         lines.append(
-            f"- {len(chosen)} points {what}: seconds R² {of_time.r_squared:.4f} (of logarithms), largest error "
-            f"{of_time.largest:.0%}; memory R² {of_memory.r_squared:.4f}, largest error {of_memory.largest:.0%}"
+            f"- {len(chosen)} points {what}: largest error of the seconds {of_time.largest:.0%} (R² of their "
+            f"logarithms {of_time.r_squared:.3f}), of the memory {of_memory.largest:.0%} ({of_memory.r_squared:.3f})"
         )
+    lines.append(
+        "- The points held out were named before the first sweep. They check the law of seconds, whose terms were "
+        "too; that the states are counted and not fitted was decided after seeing them, so they check the memory less."
+    )
     return "\n".join(lines)
 
 
 def _ranks_text(document: Mapping[str, Any]) -> str:
     """Return the table of many ranks, beside one rank of the same size."""
     many = [row for row in document["rows"] if row["n_ranks"] > 1]
+    if not many:
+        return "One device was there: nothing is told of many ranks."
     compared = [
         row
         for row in alone(document)
@@ -228,7 +262,10 @@ def _ranks_text(document: Mapping[str, Any]) -> str:
         )
     ]
     cells = []
-    for row in sorted([*compared, *many], key=lambda row: (row["optim"], row["shard"], row["n_ranks"])):
+    for row in sorted(
+        [*compared, *many],
+        key=lambda row: (row["n_parameters"], row["optim"], row["shard"] == "fsdp", row["n_ranks"]),
+    ):
         grown = max(one["peak_mib"] - one["before_mib"] for one in row["ranks"])
         cells.append(
             (
@@ -241,12 +278,13 @@ def _ranks_text(document: Mapping[str, Any]) -> str:
             )
         )
     heads = ("point", "step s", "state MB a rank", "peak MiB above start", "sum alone", "broadcast alone")
-    return (
-        "Ranks, gloo on one machine's shared cores: the step's time holds all ranks' arithmetic on the same cores and "
-        "tells nothing of many machines. What a rank sends, what the sum of all gradients and the owners' broadcasts "
-        "take with nothing beside them, and what a rank holds do tell. NCCL runs the same code and is not verified "
-        "here.\n\n" + table(heads, cells)
+    on_cpu = document["hardware"]["device"] == "cpu"
+    shared = (
+        "gloo on one machine's shared cores: the step's time holds all ranks' arithmetic on the same cores and tells "
+        "nothing of many machines, while what a rank sends, the sum of all gradients and the owners' broadcasts with "
+        "nothing beside them, and what a rank holds do tell. NCCL runs the same code and is not verified here"
     )
+    return f"Ranks ({shared if on_cpu else 'NCCL'}):\n\n{table(heads, cells)}"
 
 
 def _travel(row: Row, kind: str) -> str:

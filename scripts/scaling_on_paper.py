@@ -36,7 +36,7 @@ FIGURES = (
         "989 TFLOP/s dense peak, of which a large product reaches 650",
         NVIDIA + "; assumed",
     ),
-    ("share of 650 that the passes reach", f"{STEP_SHARE:.0%}", "the target of issue 8, not a result"),
+    ("share of 650 that the passes reach", f"{STEP_SHARE:.0%}", "the target on one H100, not a result"),
     ("share that Newton–Schulz's batched products reach", f"{MUON_SHARE:.0%}", "assumed"),
     ("memory of a GPU", "80 GB at 3.35 TB/s, of which 80 %; 90 % of it can be filled", NVIDIA + "; assumed"),
     (

@@ -58,7 +58,8 @@ def made_up(bench, law):
         )
         seconds = {term: COSTS[term] * amounts[term] for term in COSTS}
         update = sum(seconds[term.amount] for term in law.UPDATE)
-        peak = 300 + (16 / 4 * amounts["parameter_bytes"] + 20 * amounts["micro_stream_bytes"]) / 2**20
+        # 16 bytes a parameter, and 20 for each token, layer and channel of a micro-batch.
+        peak = 300 + (16 * model.n_parameters() + 5 * amounts["micro_stream_bytes"]) / 2**20
         step = sum(seconds.values())
         own = {"peak_mib": peak, "before_mib": 300, "state_bytes": 8 * model.n_parameters()}
         rows.append(
@@ -74,7 +75,7 @@ def made_up(bench, law):
                 "ranks": [own] * point.n_ranks,
             }
         )
-    hardware, software = {"n_cpus": 2, "cpu_name": "made up"}, {"torch": "0"}
+    hardware, software = {"n_cpus": 2, "device": "cpu", "device_name": "made up"}, {"torch": "0"}
     return {"hardware": hardware, "software": software, "command": "python made_up.py", "rows": rows}
 
 
@@ -83,6 +84,10 @@ def test_the_law_finds_the_costs_that_made_the_figures(law, made_up):
     for part in (laws.passes, laws.update):
         found = {term.amount: cost for term, cost in zip(part.terms, part.costs)}
         assert found == pytest.approx({amount: COSTS[amount] for amount in found}, rel=1e-3)
+    beside = dict(zip([term.amount for term in law.MEMORY], laws.beside_states.costs))
+    assert beside == pytest.approx(
+        {"process": 300, "micro_stream_bytes": 5 / 2**20, "micro_logits_bytes": 0}, rel=1e-3
+    )
     held_out = [row for row in law.alone(made_up) if row["name"] in law.HELD_OUT]
     assert len(held_out) == len(law.HELD_OUT)
     seconds = [row["step_seconds"] for row in held_out]
@@ -108,7 +113,7 @@ def test_the_documents_section_is_replaced_and_both_charts_are_drawn_beside_it(l
     assert text.endswith(f"{law.END}\nafter\n")
     assert "\nold\n" not in text
     assert "| 350M-256-adamw (held out) | 353.5M |" in text
-    assert re.search(r"matrix products, 6 FLOP a weight and token \| 100\.0 GFLOP/s", text)
+    assert re.search(r"matrix products, 6 FLOP a weight and token \| 100 GFLOP/s", text)
     for chart in ("scaling.svg", "scaling-context.svg"):
         assert f"({chart})" in text
         root = ET.fromstring((tmp_path / chart).read_text())
