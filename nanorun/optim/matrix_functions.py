@@ -72,9 +72,10 @@ MINIMAX_AFTER_RESCALING = (
     MINIMAX[-1],
 )
 """Made as MINIMAX is, of [0.02, 1] and without the cushion: after a rescaling of the whole matrix three polynomials
-come about as near to UVᵀ as five of MINIMAX do from its Frobenius norm. 0.02 was chosen among 0.003 to 0.08 by the distance
-from UVᵀ of square Gaussian matrices of width 128 (0.12; at 0.01 0.21, at 0.05 0.13) and by how far small singular
-values grow (55 times; 78 and 33). Computed anew by `test_minimax_coefficients_equioscillate_and_are_the_papers`."""
+come about as near to UVᵀ as five of MINIMAX do from its Frobenius norm. 0.02 was chosen among 0.003 to 0.08 by the
+distance from UVᵀ of square Gaussian matrices of width 128 (0.12; at 0.01 0.21, at 0.05 0.13) and by how far small
+singular values grow (55 times; 78 and 33). `test_minimax_coefficients_equioscillate_and_are_the_papers` makes them
+anew."""
 
 COEFFICIENTS = {
     "original": CoefficientSet((QUINTIC,)),
