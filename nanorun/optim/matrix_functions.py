@@ -6,7 +6,8 @@ Shapes: K matrices of M rows and N columns, S = min(M, N).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +21,19 @@ class CoefficientSet(NamedTuple):
 
     polynomials: tuple[Polynomial, ...]
     """One per step; more steps repeat the last, fewer take the first ones."""
-    preconditioned: bool = False
-    """Whether the first step is no polynomial but almost-orthogonal rescaling (`_precondition`)."""
+    rescaled: Literal["rows", "whole"] | None = None
+    """Whether the first step is no polynomial but a rescaling: of the rows (`_rescale_rows`), or of the whole matrix
+    by a norm nearer to its largest singular value than Frobenius's (`_schatten_share`)."""
 
     def for_steps(self, steps: int) -> tuple[Polynomial, ...]:
         """Return the polynomials of that many steps, one fewer where the first step is the rescaling."""
-        count = steps - self.preconditioned
+        count = steps - (self.rescaled is not None)
         missing = max(0, count - len(self.polynomials))
         return self.polynomials[:count] + self.polynomials[-1:] * missing
 
 
-def _after_shrinking(polynomial: Polynomial, factor: float) -> Polynomial:
-    """Return the polynomial of x/factor."""
+def _after_shrinking(polynomial: Polynomial, factor: Any) -> Any:
+    """Return the polynomial of x/factor; `factor` is a number or K11."""
     a, b, c = polynomial
     return a / factor, b / factor**3, c / factor**5
 
@@ -63,6 +65,18 @@ YOU = (
 """You Jiacheng's, fitted by gradient descent for modded-nanogpt, the starting point of Turbo-Muon:
 https://gist.github.com/YouJiacheng/393c90cbdc23b09d5688815ba382288b."""
 
+MINIMAX_AFTER_RESCALING = (
+    (7.710969245867682, -22.11375479048116, 16.24874301773847),
+    (3.2152759873077446, -2.4111720102557834, 0.5013000136148817),
+    (2.2183077524237897, -1.5939896229158315, 0.41074788751049957),
+    MINIMAX[-1],
+)
+"""Made as MINIMAX is, of [0.02, 1] and without the cushion: after a rescaling of the whole matrix three polynomials
+come about as near to UVᵀ as five of MINIMAX do from its Frobenius norm. 0.02 was chosen among 0.003 to 0.08 by the
+distance from UVᵀ of square Gaussian matrices of width 128 (0.12; at 0.01 0.21, at 0.05 0.13) and by how far small
+singular values grow (55 times; 78 and 33). `test_minimax_coefficients_equioscillate_and_are_the_papers` makes them
+anew."""
+
 COEFFICIENTS = {
     "original": CoefficientSet((QUINTIC,)),
     # The paper divides the matrix by 1.01 of its norm, and by 1.01 before every step but the last, against
@@ -75,7 +89,8 @@ COEFFICIENTS = {
         )
     ),
     # Turbo-Muon, arXiv:2512.04632: the rescaling takes the place of the first step.
-    "turbo": CoefficientSet(YOU[1:], preconditioned=True),
+    "turbo": CoefficientSet(YOU[1:], rescaled="rows"),
+    "schatten": CoefficientSet(MINIMAX_AFTER_RESCALING, rescaled="whole"),
 }
 
 LONGEST_RUN = 3
@@ -92,6 +107,15 @@ CACHE_BYTES = 2**18
 result want to be there as well. Muon's step took 7 % (width 128) to 22 % (width 192) less processor time in such
 pieces than with all matrices of a shape at once, on one thread of an AMD EPYC, and as much with half or twice
 these bytes."""
+
+
+STRIPS = 4
+"""Strips of rows in which a product known to be symmetric is computed, each as far as the diagonal: 10 of 16 parts."""
+
+LEAST_SYMMETRIC = 2**24
+"""Multiply-adds of such a product below which strips do not pay. On two cores of an AMD EPYC (AVX2, MKL) they took
+1/1.3 to 1/1.4 of the time for a square of 384 or 768 and for the Gram matrix of 192 by 768, as long as the plain
+product for a square of 192, and longer at 128."""
 
 
 def shape_groups(matrices: Sequence[Tensor]) -> list[list[int]]:
@@ -147,14 +171,20 @@ def newton_schulz(
     | original | 0.002 | [0.68, 1.21] | 485 times | 0.24 |
     | polar_express | 0.002 | [0.87, 1.13] | 967 times | 0.12 |
     | turbo | 0.01, after rescaling | [0.97, 1.15] | 121 times | 0.03 wide or tall, 0.15 square |
+    | schatten | 0.02, after rescaling | [0.99, 1.01] | 104 times | 0.01 wide or tall, 0.12 square |
 
-    A smaller one may end anywhere below the upper bound. The matrix's scale does not matter.
+    Four steps of `schatten` (three polynomials) reach [0.90, 1.10] and distances of 0.07 and 0.16. A smaller one may
+    end anywhere below the upper bound. The matrix's scale does not matter.
 
-    `turbo` rescales rows first (see `_precondition`) and so returns a matrix near UVᵀ of the rescaled one, with
+    `turbo` rescales rows first (see `_rescale_rows`) and so returns a matrix near UVᵀ of the rescaled one, with
     other singular vectors. For a Gaussian matrix that is nearly the same; where singular values fall as 1/k the
     distance is 0.2, and where rows differ in scale by many orders of magnitude it is another matrix. The
     rescaling leaves the k-th singular value at least √(2/(1+√S)) of its share, 0.40 times at S = 128, and three
     times its share on square Gaussian matrices of that size.
+
+    `schatten` divides the whole matrix by its Schatten 8-norm, (Σσ⁸)^⅛, so singular vectors stay. It lies between
+    the largest singular value and the Frobenius norm, and is 4 to 9 times smaller than the latter on square Gaussian
+    matrices of 128 to 768; it takes no product, since the first polynomial needs the Gram matrix and its square.
 
     `eps` is the Frobenius norm below which a matrix is taken for noise and shrinks with its norm; a matrix of
     zeros stays zero. `dtype` is what the products are computed in, `dtype_of_products` unless given. The result
@@ -174,25 +204,31 @@ def newton_schulz(
     tall = rows > cols
     longest = _longest_run(*sorted((rows, cols)), dtype)
     gram_KSS = None
-    if coefficients.preconditioned:
-        x_KMN, gram_KSS = _precondition(x_KMN, tall, triton)
-    polynomials = coefficients.for_steps(steps)
+    if coefficients.rescaled == "rows":
+        x_KMN, gram_KSS = _rescale_rows(x_KMN, tall, triton)
+    polynomials = coefficients.for_steps(steps) or ((1.0, 0.0, 0.0),)
     for start in range(0, len(polynomials), longest):
         if gram_KSS is None:
             gram_KSS = _gram(x_KMN, tall, triton)
-        product_KSS = poly_KSS = _polynomial(gram_KSS, polynomials[start], triton)
+        if start == 0 and coefficients.rescaled == "whole":
+            product_KSS = poly_KSS = _first_polynomial(gram_KSS, polynomials[0])
+        else:
+            product_KSS = poly_KSS = _polynomial(gram_KSS, polynomials[start], triton)
         for polynomial in polynomials[start + 1 : start + longest]:
             # The Gram matrix of poly·X is poly·A·poly, at a cost that does not depend on the long side.
-            gram_KSS = torch.bmm(poly_KSS, torch.bmm(gram_KSS, poly_KSS))
+            gram_KSS = _symmetric(poly_KSS, _symmetric(gram_KSS, poly_KSS))
             poly_KSS = _polynomial(gram_KSS, polynomial, triton)
-            product_KSS = torch.bmm(poly_KSS, product_KSS)
+            product_KSS = _symmetric(poly_KSS, product_KSS)
         x_KMN = torch.bmm(x_KMN, product_KSS) if tall else torch.bmm(product_KSS, x_KMN)
         gram_KSS = None
     return x_KMN.to(grad_KMN.dtype)
 
 
 def newton_schulz_cost(rows: int, cols: int, steps: int, *, dtype: torch.dtype) -> float:
-    """Return the multiply-adds of that many steps of newton_schulz on one matrix, computed in `dtype`."""
+    """Return the multiply-adds of that many polynomials of newton_schulz on one matrix, computed in `dtype`.
+
+    Symmetric products count in full, so that a rank's share does not depend on the machine.
+    """
     short, long = sorted((rows, cols))
     runs = -(-steps // _longest_run(short, long, dtype))
     # A run reads and writes the matrix once; each further step in it takes three products of the small side.
@@ -208,10 +244,36 @@ def _gram(x_KMN: Tensor, tall: bool, triton: bool = False) -> Tensor:
     if triton:
         gram_KSS: Tensor = torch.ops.nanorun.symmetric_product(x_KMN.mT if tall else x_KMN, None, 1.0, 0.0)
         return gram_KSS
-    return torch.bmm(x_KMN.mT, x_KMN) if tall else torch.bmm(x_KMN, x_KMN.mT)
+    return _symmetric(x_KMN.mT, x_KMN) if tall else _symmetric(x_KMN, x_KMN.mT)
 
 
-def _precondition(x_KMN: Tensor, tall: bool, triton: bool = False) -> tuple[Tensor, Tensor]:
+def _symmetric(
+    left_KSN: Tensor,
+    right_KNS: Tensor,
+    plus_KSS: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return alpha·left·right + beta·plus, known to be symmetric: on a CPU large ones as strips up to the diagonal."""
+    size, inner = left_KSN.shape[1:]
+    if left_KSN.device.type != "cpu" or size * size * inner < LEAST_SYMMETRIC:
+        if plus_KSS is None:
+            return torch.bmm(left_KSN, right_KNS)
+        return torch.baddbmm(plus_KSS, left_KSN, right_KNS, beta=beta, alpha=alpha)
+    result_KSS = left_KSN.new_empty(len(left_KSN), size, size)
+    for top, end in pairwise(size * strip // STRIPS for strip in range(STRIPS + 1)):
+        left, right = left_KSN[:, top:end], right_KNS[:, :, :end]
+        if plus_KSS is None:
+            strip = torch.bmm(left, right)
+        else:
+            strip = torch.baddbmm(plus_KSS[:, top:end, :end], left, right, beta=beta, alpha=alpha)
+        result_KSS[:, top:end, :end] = strip
+        result_KSS[:, :top, top:end] = strip[:, :, :top].mT
+    return result_KSS
+
+
+def _rescale_rows(x_KMN: Tensor, tall: bool, triton: bool = False) -> tuple[Tensor, Tensor]:
     """Return the matrices rescaled along their small side so that no singular value exceeds 1, and their Grams.
 
     Row i of a wide matrix (column i of a tall one) is divided by the root of Σⱼ|Aᵢⱼ| of the Gram matrix A:
@@ -232,9 +294,34 @@ def _polynomial(gram_KSS: Tensor, polynomial: Polynomial, triton: bool = False) 
     if triton:
         poly_KSS = torch.ops.nanorun.symmetric_product(gram_KSS, gram_KSS, c, b)
     else:
-        poly_KSS = torch.baddbmm(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
+        poly_KSS = _symmetric(gram_KSS, gram_KSS, gram_KSS, beta=b, alpha=c)
     poly_KSS.diagonal(dim1=1, dim2=2).add_(a)
     return poly_KSS
+
+
+def _first_polynomial(gram_KSS: Tensor, polynomial: Polynomial) -> Tensor:
+    """Return what takes each X to the polynomial of X over `_schatten_share`, by its Gram matrix."""
+    square_KSS = _symmetric(gram_KSS, gram_KSS)
+    a_K11, b_K11, c_K11 = _after_shrinking(polynomial, _schatten_share(gram_KSS, square_KSS))
+    poly_KSS = square_KSS.mul_(c_K11).addcmul_(gram_KSS, b_K11)
+    poly_KSS.diagonal(dim1=1, dim2=2).add_(a_K11[:, :, 0])
+    return poly_KSS
+
+
+def _schatten_share(gram_KSS: Tensor, square_KSS: Tensor) -> Tensor:
+    """Return the Schatten 8-norm over the Frobenius norm, K11: the 8-norm to the fourth is the Gram's square's norm.
+
+    No singular value exceeds it. Frobenius norms are 1 here, or less for what counts as noise and must stay small.
+    """
+    # Its fifth power is a coefficient, and bf16 would round each power apart.
+    dtype = torch.promote_types(gram_KSS.dtype, torch.float32)
+    # Down to a norm of 1e-9, whose square's entries still are no subnormals.
+    trace_K11 = gram_KSS.diagonal(dim1=1, dim2=2).sum(dim=1, dtype=dtype)[:, None, None].clamp_(min=1e-18)
+    norm_K11 = torch.linalg.vector_norm(square_KSS / trace_K11.square(), dim=(1, 2), keepdim=True)
+    # The least there is, of equal singular values; it keeps a matrix of zeros from being divided by zero.
+    share_K11 = norm_K11.sqrt_().sqrt_().clamp_(min=gram_KSS.size(1) ** -0.375)
+    # Above 1 the first polynomial rises steeply, so a rounding of the products must not lead there.
+    return share_K11 * (1 + 2 * torch.finfo(gram_KSS.dtype).eps)
 
 
 def _normalise_(x_KMN: Tensor, eps: float) -> Tensor:

@@ -45,7 +45,7 @@ OPTIONS = {
     "weight_decay": Option(0.0, "decay per step is lr times this", low=0.0),
     "cautious_weight_decay": Option(False, "decay only the entries that the update shrinks as well"),
     "ns_steps": Option(
-        5, "Newton–Schulz steps; turbo's preconditioning is the first of them", low=1, high=20
+        5, "Newton–Schulz steps; the rescaling of turbo and schatten is the first of them", low=1, high=20
     ),
     "coefficients": Option(
         "original", "polynomials of the Newton–Schulz steps, and how they start", choices=tuple(COEFFICIENTS)
@@ -176,7 +176,8 @@ class Muon(torch.optim.Optimizer):
     the scale rule included.
 
     `coefficients` names the set of COEFFICIENTS that the Newton–Schulz steps use; newton_schulz says how near
-    to UVᵀ each comes. `turbo`'s first step is a rescaling without a product of its own: it is a step cheaper.
+    to UVᵀ each comes. The first step of `turbo` and `schatten` is a rescaling without a product of its own: they are
+    a step cheaper, and `schatten` with `ns_steps` = 4 is about as near as `polar_express` with 5, at 0.6 of the work.
 
     Momentum rises linearly from `momentum_start` over the first `momentum_warmup_steps` and falls linearly to
     `momentum_end` over the `momentum_cooldown_steps` that follow step `momentum_cooldown_start`. An optimizer
@@ -279,7 +280,8 @@ class Muon(torch.optim.Optimizer):
     def cost_of(group: dict[str, Any], rows: int, cols: int) -> float:
         """Return the multiply-adds of one matrix's Newton–Schulz steps; see ownership.py."""
         dtype = dtype_of_products(group["params"][0])
-        return newton_schulz_cost(rows, cols, group["ns_steps"], dtype=dtype)
+        polynomials = COEFFICIENTS[group["coefficients"]].for_steps(group["ns_steps"])
+        return newton_schulz_cost(rows, cols, max(1, len(polynomials)), dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
