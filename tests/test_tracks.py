@@ -97,9 +97,8 @@ def test_contradicting_any_fixed_key_names_the_key_both_values_and_the_mend(trac
     config = resolve(loaded, "adamw").model_dump()
     wanted = flattened(loaded.fixed)[key]
     section, name = key.split(".")
-    config[section][name] = (
-        "other" if isinstance(wanted, str) else (not wanted if wanted in (True, False) else wanted + 1)
-    )
+    others = {bool: lambda v: not v, str: lambda v: "other", list: lambda v: [*v, 2]}
+    config[section][name] = others.get(type(wanted), lambda v: v + 1)(wanted)
     with pytest.raises(UserError) as refused:
         loaded.check(config)
     text = str(refused.value)

@@ -306,7 +306,7 @@ class Rehearsal:
     def _pass_all(self, name: str) -> Tensor:
         """Go through a micro-batch, or two where a step has more than one: the second finds the first's gradients."""
         stepper, forward = self.stepper, self.stepper.forward
-        rows = stepper.micro_batch_rows
+        rows, longest = stepper.micro_batch_rows, stepper.lengths[-1]
         idx_BT = torch.randint(self.vocab_size, (rows, self.config.model.context_len), device=self.device)
         for n in range(1, 3 if stepper.rows_of_rank > rows else 2):
 
@@ -318,7 +318,7 @@ class Rehearsal:
 
             stepper.forward = watched
             try:
-                loss = stepper.backward(*stepper._with_keys(Span(0, rows), (idx_BT, idx_BT)))
+                loss = stepper.backward(*stepper._cut(longest, Span(0, rows), (idx_BT, idx_BT)))
             finally:
                 stepper.forward = forward
             self.meter.mark(f"{name} pass {n} ends")
