@@ -113,7 +113,8 @@ def test_a_variant_refuses_to_be_something_else():
 
 def test_every_optimizer_has_a_preset_and_a_search_on_sotu():
     track = load_track("sotu")
-    assert set(preset_names(track)) == set(ISSUED)
+    # `fast` is a recipe of its own, no optimizer of the table.
+    assert set(preset_names(track)) == {*ISSUED, "fast"}
     assert {path.stem for path in (track.folder / "search").glob("*.toml")} == {*ISSUED, "common"}
 
 
