@@ -54,6 +54,7 @@ SIZE = {
     "train.steps": 120,
     "train.batch_tokens": 512,
     "train.warmup_steps": 10,
+    "train.length_schedule": [],
     "model.n_layer": 1,
     "model.n_head": 2,
     "model.n_embd": 32,
