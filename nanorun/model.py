@@ -329,8 +329,8 @@ class GPT(nn.Module):
 
         Embeddings are N(0, init_std²), n-grams' tables and biases 0, norm weights 1. Matrices follow one of two
         rules: GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
-        or, under zero_init_projections, those projections and an untied head 0 and every other matrix
-        N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
+        or, under zero_init_projections, those projections 0, an untied head N(0, head_init_std²) and every other
+        matrix N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
         `put` writes what was drawn for a parameter, on the host and whole, into it.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -351,7 +351,9 @@ class GPT(nn.Module):
             return 0.0
         into_residual = name.endswith("proj.weight")
         if config.zero_init_projections:
-            return 0.0 if into_residual or name == "head.weight" else 0.5 / math.sqrt(parameter.size(1))
+            if name == "head.weight":
+                return config.head_init_std
+            return 0.0 if into_residual else 0.5 / math.sqrt(parameter.size(1))
         return config.init_std / math.sqrt(2 * config.n_layer) if into_residual else config.init_std
 
     def roles(self) -> dict[str, ParameterRole]:
