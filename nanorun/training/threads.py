@@ -2,7 +2,7 @@
 
 The number is settled once, before the clock starts: it moves a run's bits as well as its speed. Waiting threads spin,
 as OpenMP has them by default; letting them sleep (GOMP_SPINCOUNT=0) helps beside a busy program no more than one
-thread fewer does, and costs a quarter to a half of a step without one (docs/performance.md).
+thread fewer does, and costs a fifth to two fifths of a step without one (docs/performance.md).
 """
 
 from __future__ import annotations
