@@ -39,6 +39,7 @@ def foreseen(config, rows):
         ("muon", ["train.micro_batch_rows=4"]),
         ("adamw", ["model.arch=gpt2", "model.dropout=0.1", "train.precision=bf16_master"]),
         ("adamw", [*QUEUE, "train.precision=bf16"]),
+        ("ngram", ["model.ngram_buckets=4096", "model.ngram_dropout=0.5"]),
     ],
 )
 def test_what_is_foreseen_is_what_the_allocator_gives_out(tiny_settings, preset, settings):
