@@ -222,9 +222,10 @@ def _new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: 
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:
         # Out of memory on either device, or a size that is no 64-bit integer.
         reason = (str(error).splitlines() or ["out of memory"])[0]
+        smaller = f"model.n_embd{', model.ngram_buckets' * bool(config.model.ngrams)} or model.n_layer"
         raise UserError(
             f"a model of {config.model.n_layer} layers, {config.model.n_embd} wide, does not fit this machine "
-            f"({reason[:200]}); make model.n_embd or model.n_layer smaller"
+            f"({reason[:200]}); make {smaller} smaller"
         ) from None
     if config.train.checkpoint_activations != "auto":
         model.checkpoint_activations = config.train.checkpoint_activations
@@ -435,6 +436,7 @@ def choose_as_before(run: Run, saved: checkpoint.Checkpoint) -> str:
     if run.config.train.checkpoint_activations == "auto":
         run.stepper.recompute(before.get("checkpoint_activations", "none"))
     run.stepper.micro_batch_rows = min(int(before["micro_batch_rows"]), run.stepper.rows_of_rank)
+    run.stepper.asked_rows = run.stepper.micro_batch_rows
     if run.device.type == "cpu":
         torch.set_num_threads(int(before["n_threads"]))
     return "on" if before["compiled"] else "off"
