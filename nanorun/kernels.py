@@ -200,7 +200,15 @@ class Attention(torch.autograd.Function):
         n_rows, n_positions, width = qkv_BTX.shape
         lines, columns, p = dropped or (None, None, 0.0)
         cos_TD, sin_TD = rotary_TD or (None, None)
-        head = (n_rows, n_positions, n_head, width // 3 // n_head, -1.0 if eps is None else eps, cos_TD, sin_TD)
+        head = (
+            n_rows,
+            n_positions,
+            n_head,
+            width // 3 // n_head,
+            -1.0 if eps is None else eps,
+            cos_TD,
+            sin_TD,
+        )
         # Kept numbers are those from the least upwards, of all int32.
         ctx.arguments = *head, lines, columns, round(p * 2**32) - 2**31, 1 / (1 - p)
         y_BTC = qkv_BTX.new_empty(n_rows, n_positions, width // 3)
@@ -224,5 +232,10 @@ class Attention(torch.autograd.Function):
 def attention_suits(qkv_BTX: Tensor, n_head: int) -> bool:
     """Return whether `Attention` can take these queries, keys and values, and is faster than torch's."""
     head_width = qkv_BTX.size(-1) // 3 // n_head
-    fits = qkv_BTX.size(1) % 16 == 0 and qkv_BTX.size(1) <= LONGEST and head_width % 16 == 0 and head_width <= 128
+    fits = (
+        qkv_BTX.size(1) % 16 == 0
+        and qkv_BTX.size(1) <= LONGEST
+        and head_width % 16 == 0
+        and head_width <= 128
+    )
     return fits and suit(qkv_BTX)

@@ -128,7 +128,10 @@ class Attention(nn.Module):
         if kernels.attention_suits(qkv_BTX, self.n_head):
             dropped = None
             if drop_keys_B is not None:
-                dropped = *lines_and_columns(drop_keys_B, self.n_head * n_positions, n_positions), self.dropout
+                dropped = (
+                    *lines_and_columns(drop_keys_B, self.n_head * n_positions, n_positions),
+                    self.dropout,
+                )
             return self.proj(
                 kernels.Attention.apply(qkv_BTX, self.n_head, self.qk_norm_eps, rotary_T11D, dropped)
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 
@@ -64,9 +65,15 @@ def test_cross_entropy_is_that_of_torch_with_targets_left_out(cap):
     targets[::7] = -1
 
     def plain(z):
-        return F.cross_entropy(torch.tanh(z / cap) * cap if cap else z, targets, ignore_index=-1, reduction="sum")
+        return F.cross_entropy(
+            torch.tanh(z / cap) * cap if cap else z, targets, ignore_index=-1, reduction="sum"
+        )
 
-    check(lambda z: kernels.CrossEntropy.apply(z * 1, targets, cap, -1) / 32, lambda z: plain(z) / 32, 9 * drawn(40, 67))
+    check(
+        lambda z: kernels.CrossEntropy.apply(z * 1, targets, cap, -1) / 32,
+        lambda z: plain(z) / 32,
+        9 * drawn(40, 67),
+    )
     targets[3] = 67
     with pytest.raises(IndexError, match="outside the vocabulary of 67"):
         kernels.CrossEntropy.apply(drawn(40, 67), targets, cap, -1)
@@ -152,11 +159,21 @@ def test_kernels_carry_what_is_not_a_number_on():
 
 @needs_compiler
 def test_one_thread_and_two_give_the_same_bits(monkeypatch):
-    x, weight, threads = drawn(300, 64).requires_grad_(), torch.ones(64, requires_grad=True), torch.get_num_threads()
+    x, weight, threads = (
+        drawn(300, 64).requires_grad_(),
+        torch.ones(64, requires_grad=True),
+        torch.get_num_threads(),
+    )
     found = []
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
-        y = kernels.Attention.apply(kernels.LayerNorm.apply(x, weight, None, 1e-5).view(5, 60, 64)[:, :48].repeat(1, 1, 3), 4, 1e-5, None, None)
+        y = kernels.Attention.apply(
+            kernels.LayerNorm.apply(x, weight, None, 1e-5).view(5, 60, 64)[:, :48].repeat(1, 1, 3),
+            4,
+            1e-5,
+            None,
+            None,
+        )
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
     torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found))
@@ -171,9 +188,13 @@ def test_kernels_leave_alone_what_they_are_not_made_for():
 
 
 def test_without_a_compiler_there_are_no_kernels():
-    words = [sys.executable, "-c", "import torch; from nanorun import kernels; print(kernels.suit(torch.ones(4)))"]
+    words = [
+        sys.executable,
+        "-c",
+        "import torch; from nanorun import kernels; print(kernels.suit(torch.ones(4)))",
+    ]
     for setting in ({"CC": "no-such-compiler"}, {"NANORUN_KERNELS": "0"}):
-        import os
-
-        done = subprocess.run(words, env={**os.environ, **setting}, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            words, env={**os.environ, **setting}, capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == "False"
