@@ -79,7 +79,11 @@ class Foreseen(TorchDispatchMode):
         given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _as_read_by_the_host(args[0])
-        if func in _WITH_UNKNOWN_SHAPES:
+        if func is _aten._embedding_bag_backward.default:
+            args = _with_the_bag_of_each(args)
+        if func in _OF_SPARSE and given[0].is_sparse:
+            out = _with_as_many_rows(func, given[0])
+        elif func in _WITH_UNKNOWN_SHAPES:
             out = _as_large_as_can_be(func, args[0])
         elif _is_a_counter(given, args, kwargs):
             with no_dispatch():
@@ -114,6 +118,30 @@ def _as_read_by_the_host(stand_in: Tensor) -> bool | float:
     if stand_in.dtype == torch.bool:
         return not hasattr(stand_in, "is_negation")
     return 1.0 if stand_in.is_floating_point() else 1
+
+
+def _with_the_bag_of_each(args: Any) -> Any:
+    """Return what an embedding bag's backward pass is given, with the list that a CPU's pass makes for itself.
+
+    Its stand-in is empty as the tensor is there, but a stand-in's pass does not make it: the gradient had no rows.
+    """
+    grad, indices, offsets, bags, *rest = args
+    return grad, indices, offsets, bags if bags.numel() else torch.empty_like(indices), *rest
+
+
+_OF_SPARSE = {_aten.clone.default, _aten._coalesce.default}
+
+
+def _with_as_many_rows(func: Any, x: Tensor) -> Tensor:
+    """Return the stand-in of a sparse gradient as autograd hands it over, or with its rows made one each.
+
+    torch's own has no rows. All are taken to differ; a step's later micro-batches add none.
+    """
+    rows, values = x._indices(), x._values()
+    made_one_each = func is _aten._coalesce.default
+    if made_one_each:
+        rows, values = rows.clone(), values.clone()
+    return torch.sparse_coo_tensor(rows, values, x.shape, is_coalesced=made_one_each, check_invariants=False)
 
 
 def _is_a_counter(given: Sequence[Tensor], args: Any, kwargs: Any) -> bool:

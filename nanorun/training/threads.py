@@ -164,7 +164,9 @@ def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> str:
     cores = Cores(*(round(-ranks.slowest(-float(n))) for n in usable_cores()))
     if asked:
         torch.set_num_threads(asked)
-    elif not any(os.environ.get(name) for name in STATED_IN):
+        usual = asked
+    # Stated on one host, it is tried on none: a rank that tries waits for all others.
+    elif not ranks.any(any(os.environ.get(name) for name in STATED_IN)):
 
         def step_seconds(n: int) -> float:
             torch.set_num_threads(n)
