@@ -118,4 +118,5 @@ def test_compiled_code_is_not_compiled_anew_for_the_pass_whose_gradients_leave()
     with torch._dynamo.config.patch(error_on_recompile=True):
         found, _ = summed(model, Twins(), 4096, forward=compiled(model))
     for grad, want in zip(found, wanted(MODERN), strict=True):
-        torch.testing.assert_close(grad, want)
+        # Eager passes may run by kernels of nanorun's own, which add up in another order.
+        torch.testing.assert_close(grad, want, atol=5e-5, rtol=1e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanorun.errors import UserError
 from nanorun.optim.closures import loss_of
 from nanorun.optim.options import REQUIRED, Option
 
@@ -35,7 +36,7 @@ class SparseAdam(torch.optim.Optimizer):
     step, to rounding. Each row's averages are corrected for their start by the row's own count of steps, where
     torch.optim.SparseAdam takes the count of all steps and so begins a rare row with too small a step or, with
     β₂ > β₁², too large a one. State per parameter of shape (R, C): `exp_avg` and `exp_avg_sq`, (R, C), and
-    `row_steps`, (R,), fp32.
+    `row_steps`, (R,).
     """
 
     takes_sparse = True
@@ -53,6 +54,12 @@ class SparseAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for parameter in (one for group in self.param_groups for one in group["params"]):
+            if parameter.ndim != 2:
+                raise UserError(
+                    f"sparse_adam was given a parameter of shape {tuple(parameter.shape)}: it takes matrices, row "
+                    "by row; give vectors to another optimizer, such as adamw"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -69,7 +76,8 @@ class SparseAdam(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-            state["row_steps"] = torch.zeros(parameter.size(0), device=parameter.device)
+            # Of the parameter's dtype: torch casts it so when a state is loaded.
+            state["row_steps"] = parameter.new_zeros(parameter.size(0))
         (beta1, beta2), lr = group["betas"], group["lr"]
         mean_NC = state["exp_avg"][rows_N].lerp_(grad_NC, 1 - beta1)
         square_NC = state["exp_avg_sq"][rows_N].mul_(beta2).addcmul_(grad_NC, grad_NC, value=1 - beta2)
