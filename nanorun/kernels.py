@@ -156,7 +156,7 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, scale_N = ctx.saved_tensors
         dx = torch.empty_like(x)
@@ -176,7 +176,7 @@ class LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight, mean_N, scale_N = ctx.saved_tensors
         dx, sums_2PC = torch.empty_like(x), x.new_empty(2, ROW_RANGES, x.size(-1))
@@ -198,7 +198,7 @@ class Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
@@ -220,7 +220,7 @@ class CrossEntropy(torch.autograd.Function):
         return losses_N.sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         assert ctx.grad_NV is not None, "the memory of the logits was used by a backward pass before"
         grad_NV, ctx.grad_NV = ctx.grad_NV.mul_(grad), None
@@ -286,13 +286,14 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         lines_BL, columns_T, ctx.p = dropped or (None, None, 0.0)
         tables = *(rotary_TD or (None, None)), lines_BL, columns_T
-        y_BTC, log_sum = attention(qkv_BTX, n_head, eps, *tables, ctx.p)
+        found: tuple[Tensor, Tensor] = attention(qkv_BTX, n_head, eps, *tables, ctx.p)
+        y_BTC, log_sum = found
         ctx.shape = _shape_of_attention(qkv_BTX, n_head, eps)
         ctx.save_for_backward(qkv_BTX, y_BTC, log_sum, *tables)
         return y_BTC
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv_BTX, y_BTC, log_sum, *tables = ctx.saved_tensors
         dqkv_BTX = torch.empty_like(qkv_BTX)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanorun.training.machine import hardware, software
+from nanorun.training.machine import hardware, runs_kernels, software
 
 
 def write_figures(
@@ -18,5 +18,6 @@ def write_figures(
 ) -> None:
     """Write what `python scripts/SCRIPT WORDS` found on a CPU; without words, those of this process."""
     command = " ".join([f"python scripts/{script}", *(words or sys.argv[1:])])
-    about = {"hardware": hardware(torch.device("cpu"), n_ranks), "software": software(False)}
+    cpu = torch.device("cpu")
+    about = {"hardware": hardware(cpu, n_ranks), "software": software(False, kernels=runs_kernels(cpu))}
     path.write_text(json.dumps({**about, "command": command, **found}, indent=1) + "\n")
