@@ -100,6 +100,8 @@ class ModelConfig(_Strict):
     """Attention does not look past the beginning of the document that a token is in."""
     rotary_base: float = Field(10000.0, gt=0)
     init_std: float = Field(0.02, gt=0)
+    head_init_std: float = Field(0.0, ge=0)
+    """Of an untied head under zero_init_projections."""
     norm_eps: float = Field(1e-5, gt=0)
 
     @model_validator(mode="before")

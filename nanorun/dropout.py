@@ -43,15 +43,21 @@ def keys_at(keys_B: Tensor, place: int) -> Tensor:
 @torch.library.custom_op("nanorun::kept", mutates_args=())
 def kept(keys_B: Tensor, n_lines: int, width: int, p: float, dtype: torch.dtype) -> Tensor:
     """Return kept_BLC: 1 with probability 1 − `p` (to 2⁻³²) and 0 elsewhere."""
-    device = keys_B.device
-    lines_BL = mix(keys_B[:, None] ^ mix(torch.arange(n_lines, device=device)))
-    columns_C = mix(torch.arange(width, device=device))
+    lines_BL, columns_C = lines_and_columns(keys_B, n_lines, width)
     # A full mix for each line and each column; where they meet, a sum in int32, which wraps around, and x·(2x+1), the
     # permutation of RC6 (Rivest et al. 1998) whose highest bits depend on all of x: one operation where `mix` has nine.
-    x_BLC = (lines_BL - 2**31).int()[:, :, None] + (columns_C - 2**31).int()
+    x_BLC = lines_BL[:, :, None] + columns_C
     for _ in range(2):
         x_BLC.addcmul_(x_BLC, x_BLC, value=2)
     return (x_BLC >= round(p * 2**32) - 2**31).to(dtype)
+
+
+def lines_and_columns(keys_B: Tensor, n_lines: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return what `kept` adds up for the number at a line (B, L) and a column (C), in int32."""
+    device = keys_B.device
+    lines_BL = mix(keys_B[:, None] ^ mix(torch.arange(n_lines, device=device)))
+    columns_C = mix(torch.arange(width, device=device))
+    return (lines_BL - 2**31).int(), (columns_C - 2**31).int()
 
 
 @kept.register_fake

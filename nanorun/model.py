@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nanorun import head
+from nanorun import head, kernels
 from nanorun.documents import attention_in_documents, document_mask
-from nanorun.dropout import dropout, kept, keys_at
+from nanorun.dropout import dropout, kept, keys_at, lines_and_columns
 from nanorun.ngrams import NgramEmbedding
 
 if TYPE_CHECKING:
@@ -94,8 +94,25 @@ class SquaredReLU(torch.autograd.Function):
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the config's norm over the channels. RMSNorm has no weights: the next matrix can hold them."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+    return LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, by one kernel where that suits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return kernels.RMSNorm.apply(x, self.eps) if kernels.suit(x) else super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, by one kernel where that suits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernels.suit(x, self.weight, self.bias):
+            return kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -118,7 +135,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         n_rows, n_positions, n_embd = x_BTC.shape
         head_width = n_embd // self.n_head
-        qkv_BT3HD = self.qkv(x_BTC).view(n_rows, n_positions, 3, self.n_head, head_width)
+        qkv_BTX = self.qkv(x_BTC)
+        if documents is None and kernels.attention_suits(qkv_BTX, self.n_head):
+            drops = None
+            if drop_keys_B is not None:
+                lines_and = lines_and_columns(drop_keys_B, self.n_head * n_positions, n_positions)
+                drops = (*lines_and, self.dropout)
+            return self.proj(
+                kernels.Attention.apply(qkv_BTX, self.n_head, self.qk_norm_eps, rotary_T11D, drops)
+            )
+        qkv_BT3HD = qkv_BTX.view(n_rows, n_positions, 3, self.n_head, head_width)
         qk_BT2HD, v_BTHD = qkv_BT3HD[:, :, :2], qkv_BT3HD[:, :, 2]
         if self.qk_norm_eps is not None:
             qk_BT2HD = F.rms_norm(qk_BT2HD, (head_width,), eps=self.qk_norm_eps)
@@ -162,6 +188,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         hidden = self.fc(x_BTC)
+        if kernels.suit(hidden):
+            return self.proj(kernels.Activation.apply(hidden, self.activation))
         if self.activation == "relu2":
             return self.proj(SquaredReLU.apply(hidden))
         return self.proj(F.gelu(hidden, approximate="none" if self.activation == "gelu_exact" else "tanh"))
@@ -205,6 +233,7 @@ EXPENSIVE = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.nanorun.attention.default,
     }
 )
 """What takes longer to compute again than its memory is worth. No batched products: in a block these are the weights
@@ -268,9 +297,13 @@ class GPT(nn.Module):
         x_BTC = self.norm_f(self.hidden(idx_BT, drop_keys_B))
         if targets_BT is None:
             return self.logits(x_BTC)
-        logits_NV = self.logits(x_BTC.flatten(0, 1))
-        targets_N = targets_BT.flatten()
-        loss_sum = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED_TARGET, reduction="sum")
+        logits_NV, targets_N = self.bare_logits(x_BTC.flatten(0, 1)), targets_BT.flatten()
+        if kernels.suit(logits_NV):
+            cap = self.config.logit_softcap
+            loss_sum = kernels.CrossEntropy.apply(logits_NV, targets_N, float(cap), IGNORED_TARGET)
+        else:
+            logits_NV = self.capped(logits_NV)
+            loss_sum = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED_TARGET, reduction="sum")
         return loss_sum, (targets_N != IGNORED_TARGET).sum()
 
     def hidden(self, idx_BT: Tensor, drop_keys_B: Tensor | None = None) -> Tensor:
@@ -318,8 +351,15 @@ class GPT(nn.Module):
 
     def logits(self, x_C: Tensor) -> Tensor:
         """Return the scores of the next token in fp32, bent smoothly under ±logit_softcap where it is set."""
+        return self.capped(self.bare_logits(x_C))
+
+    def bare_logits(self, x_C: Tensor) -> Tensor:
+        """Return the head's products in fp32."""
         weight_VC = self.wte.weight if self.head is None else self.head.weight
-        logits_V = head.scores(x_C, weight_VC, fp8=self.fp8_head and self.training).float()
+        return head.scores(x_C, weight_VC, fp8=self.fp8_head and self.training).float()
+
+    def capped(self, logits_V: Tensor) -> Tensor:
+        """Return the logits under the cap, if there is one."""
         cap = self.config.logit_softcap
         return torch.tanh(logits_V / cap) * cap if cap else logits_V
 
@@ -329,8 +369,8 @@ class GPT(nn.Module):
 
         Embeddings are N(0, init_std²), n-grams' tables and biases 0, norm weights 1. Matrices follow one of two
         rules: GPT-2's, N(0, init_std²) with the two projections into the residual stream divided by √(2·n_layer);
-        or, under zero_init_projections, those projections and an untied head 0 and every other matrix
-        N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
+        or, under zero_init_projections, those projections 0, an untied head N(0, head_init_std²) and every other
+        matrix N(0, 1/(4·fan_in)), whose output has half the size of its input at any width.
         `put` writes what was drawn for a parameter, on the host and whole, into it.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -351,7 +391,9 @@ class GPT(nn.Module):
             return 0.0
         into_residual = name.endswith("proj.weight")
         if config.zero_init_projections:
-            return 0.0 if into_residual or name == "head.weight" else 0.5 / math.sqrt(parameter.size(1))
+            if name == "head.weight":
+                return config.head_init_std
+            return 0.0 if into_residual else 0.5 / math.sqrt(parameter.size(1))
         return config.init_std / math.sqrt(2 * config.n_layer) if into_residual else config.init_std
 
     def roles(self) -> dict[str, ParameterRole]:

@@ -34,22 +34,7 @@ class NgramEmbedding(nn.Module):
 
     def rows(self, idx_BT: Tensor) -> Tensor:
         """Return rows_BTN, the row of the weight of each n-gram that ends at each position."""
-        tokens_BT, code_BT = idx_BT + 1, idx_BT + 1
-        n_codes = n_kinds = self.vocab_size + 1
-        exact, found = True, []
-        for length in range(2, max(self.lengths) + 1):
-            before_BT = F.pad(tokens_BT, (length - 1, 0))[:, : tokens_BT.size(1)]
-            n_codes *= n_kinds
-            if exact and n_codes <= self.n_buckets:
-                code_BT = code_BT * n_kinds + before_BT
-                row_BT = code_BT
-            else:
-                exact = False
-                code_BT = mix(mix(code_BT) ^ mix(before_BT + ROUNDS))
-                row_BT = code_BT % self.n_buckets
-            if length in self.lengths:
-                found.append(row_BT + len(found) * self.n_buckets)
-        return torch.stack(found, dim=-1)
+        return ngram_rows(idx_BT, self.lengths, self.n_buckets, self.vocab_size)
 
     def forward(self, idx_BT: Tensor, drop_keys_B: Tensor | None, p: float) -> Tensor:
         """Return the sums, (B, T, C); with keys, a share `p` of the n-grams dropped, each whole."""
@@ -67,3 +52,31 @@ class NgramEmbedding(nn.Module):
             per_sample_weights=weights_BTN,
         )
         return sums_NC.view(n_rows, n_positions, -1)
+
+
+# An operator of its own is left alone by torch.compile, which writes each use of a number out anew: a number is used
+# twice in each round of `mix`, so that the code of one trigram's row came to 18,000 lines.
+@torch.library.custom_op("nanorun::ngram_rows", mutates_args=())
+def ngram_rows(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
+    """Return rows_BTN as NgramEmbedding.rows does."""
+    tokens_BT, code_BT = idx_BT + 1, idx_BT + 1
+    n_codes = n_kinds = vocab_size + 1
+    exact, found = True, []
+    for length in range(2, max(lengths) + 1):
+        before_BT = F.pad(tokens_BT, (length - 1, 0))[:, : tokens_BT.size(1)]
+        n_codes *= n_kinds
+        if exact and n_codes <= n_buckets:
+            code_BT = code_BT * n_kinds + before_BT
+            row_BT = code_BT
+        else:
+            exact = False
+            code_BT = mix(mix(code_BT) ^ mix(before_BT + ROUNDS))
+            row_BT = code_BT % n_buckets
+        if length in lengths:
+            found.append(row_BT + len(found) * n_buckets)
+    return torch.stack(found, dim=-1)
+
+
+@ngram_rows.register_fake
+def _(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
+    return idx_BT.new_empty((*idx_BT.shape, len(lengths)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanorun.training.machine import hardware, software
+from nanorun.training.machine import hardware, runs_kernels, software
 
 
 def write_figures(
@@ -23,6 +23,6 @@ def write_figures(
     on another machine.
     """
     told = [Path(word).name if Path(word).is_absolute() else word for word in words or sys.argv[1:]]
-    command = shlex.join(["python", f"scripts/{script}", *told])
-    about = {"hardware": hardware(torch.device("cpu"), n_ranks), "software": software(False)}
+    command, cpu = shlex.join(["python", f"scripts/{script}", *told]), torch.device("cpu")
+    about = {"hardware": hardware(cpu, n_ranks), "software": software(False, kernels=runs_kernels(cpu))}
     path.write_text(json.dumps({**about, "command": command, **found}, indent=1) + "\n")

@@ -75,6 +75,17 @@ EXTRAS = {
     "mix": ["--mix", "sotu:0.6,shakespeare:0.4"],
     "lengths": ["--set", "train.length_schedule=[16, 32, 64]", "--set", "model.dropout=0.2"],
     "cyclic": ["--set", "train.schedule=cyclic", "--set", "train.cycles=3"],
+    "ngrams": [
+        *(
+            "--set",
+            "model.ngrams=[2, 4]",
+            "--set",
+            "model.ngram_buckets=4096",
+            "--set",
+            "model.ngram_dropout=0.3",
+        ),
+        *("--set", "optim.table.name=sparse_adam", "--set", "optim.table.lr=0.01"),
+    ],
 }
 MOST_COMPILED_KILLS = 2
 OTHER_EACH_TIME = {"id", "created", "clock", "resumed", "peak_memory_mib"}

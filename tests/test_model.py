@@ -35,6 +35,7 @@ class Config:
     ngram_buckets: int = 4096
     ngram_dropout: float = 0.0
     init_std: float = 0.02
+    head_init_std: float = 0.0
     mlp_ratio: int = 4
     norm_eps: float = 1e-5
 
@@ -329,6 +330,8 @@ def test_zero_initialised_model_starts_at_the_uniform_loss():
     loss_sum, n_tokens = model(tokens[:, :-1], tokens[:, 1:])
     assert (loss_sum / n_tokens).item() == pytest.approx(math.log(VOCAB_SIZE), rel=1e-6)
     assert model.blocks[0].mlp.fc.weight.std().item() == pytest.approx(0.5 / math.sqrt(32), rel=0.05)
+    started = make_model(dataclasses.replace(MODERN, head_init_std=0.3), vary_zeros=False)
+    assert started.head.weight.std().item() == pytest.approx(0.3, rel=0.05)
 
 
 @BOTH

@@ -9,7 +9,7 @@ from nanorun.config import resolve
 from nanorun.dropout import row_keys
 from nanorun.errors import UserError
 from nanorun.ngrams import NgramEmbedding
-from nanorun.optim.build import create
+from nanorun.optim.build import OptimizerSet, create
 from nanorun.optim.sparse_adam import rows_of
 from nanorun.tracks import load_track
 
@@ -40,6 +40,23 @@ def test_an_ngram_is_read_from_its_last_tokens_alone_and_differs_at_a_rows_start
     assert rows_BTN[0, 1, 0] != rows_BTN[1, 1, 0]
     assert rows_BTN[2, 1, 0] == rows_BTN[2, 3, 0] == rows_BTN[0, 3, 0]
     assert rows_BTN[2, 1, 1] != rows_BTN[2, 3, 1]
+
+
+def test_compiled_code_takes_the_rows_by_one_operation():
+    called = []
+
+    def count(graph, inputs):
+        called.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    tables, idx_BT = filled((2, 3, 6)), torch.tensor([[4, 0, 1, 2, 3, 3, 1, 0]])
+    compiled = torch.compile(tables.rows, backend=count)
+    try:
+        assert torch.equal(compiled(idx_BT), tables.rows(idx_BT))
+    finally:
+        torch._dynamo.reset()
+    # Written out by the compiler, the numbers of a trigram alone came to 18,000 lines.
+    assert len(called) == 1
 
 
 def test_the_sum_is_that_of_the_rows_and_dropping_keeps_whole_ngrams_and_the_mean():
@@ -123,6 +140,22 @@ def test_the_tables_take_the_embeddings_optimizer_where_none_is_named_for_them(m
     named = {row.role: row.optimizer for row in stepper.optimizers.table()}
     assert named["table"] == named["embedding"] == "sgd"
     assert named["head"] == "adamw"
+
+
+def test_steps_that_are_left_out_copy_no_table():
+    class BadOnTheDevice:
+        device = torch.device("cuda")
+
+        def __bool__(self):
+            return True
+
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = create("sparse_adam", [parameter], lr=0.1)
+    parameter.grad = torch.full((3, 2), torch.nan)
+    # What does not read the flag on the host is put back from a copy of all that there is.
+    OptimizerSet([optimizer], ["sparse_adam"]).step(skip=BadOnTheDevice())
+    assert torch.equal(parameter, torch.ones(3, 2))
+    assert not optimizer.state
 
 
 def test_a_table_cannot_take_an_optimizer_of_matrices(make_stepper):

@@ -22,6 +22,7 @@ def test_the_wheel_trains_outside_the_clone(tmp_path):
     assert {"nanorun/configs/sotu/track.toml", "nanorun/configs/sotu/muon.toml"} <= packed
     assert {f"nanorun/records/page/page.{kind}" for kind in ("html.j2", "css", "js")} <= packed
     assert {"nanorun/data/corpora/sotu.xz", "nanorun/data/corpora/shakespeare.xz"} <= packed
+    assert "nanorun/kernels.c" in packed
     (tmp_path / "work").mkdir()
     words = "train --track shakespeare-sprint --set train.steps=2 --set validation.from_step=2 --set model.n_layer=1"
     done = subprocess.run(

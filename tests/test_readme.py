@@ -89,6 +89,8 @@ def test_every_nanorun_command_of_the_readme_runs(tmp_path, hub):
                 "HF_ENDPOINT": hub.url,
                 "HF_HOME": str(tmp_path / "hf"),
                 "NO_PROXY": "127.0.0.1",
+                # As the kept records: beside other programs a run would choose fewer, and be of other hardware.
+                "OMP_NUM_THREADS": "2",
             },
             capture_output=True,
             text=True,

@@ -73,7 +73,7 @@ def test_an_optimizer_track_fixes_all_of_the_model_but_how_it_starts(name):
     if track.kind == "open":
         assert "model" not in track.fixed
         return
-    competing = {"init_std", "zero_init_projections"}
+    competing = {"init_std", "head_init_std", "zero_init_projections"}
     assert (
         set(track.fixed["model"])
         == {key.removeprefix("model.") for key in known_keys() if key.startswith("model.")} - competing

@@ -124,6 +124,10 @@ def test_a_missed_target_fails_the_run_only_when_it_was_required():
 def test_a_width_beyond_64_bits_is_refused_in_a_sentence():
     with pytest.raises(UserError, match=r"does not fit this machine .* make model\.n_embd"):
         train(f"model.n_embd={4 * 10**30}")
+    with pytest.raises(
+        UserError, match=r"make model\.n_embd, model\.ngram_buckets or model\.n_layer smaller"
+    ):
+        train("model.ngrams=[2]", f"model.ngram_buckets={10**15}")
 
 
 def test_a_flipped_byte_in_a_checkpoint_is_refused_by_name():

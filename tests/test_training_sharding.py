@@ -221,6 +221,13 @@ def test_an_algorithm_that_cannot_be_shared_out_is_refused_by_name(name):
         sharding.unit_of("matrix", {"matrix": {"name": name}, "default": {"name": "adamw", "lr": 0.1}})
 
 
+def test_tables_are_shared_out_as_the_optimizer_that_they_go_to_asks():
+    optim = {"embedding": {"name": "sparse_adam", "lr": 0.1}, "default": {"name": "adamw", "lr": 0.1}}
+    assert [sharding.unit_of(role, optim) for role in ("table", "vector")] == ["parameter", "entry"]
+    optim["table"] = optim["default"]
+    assert sharding.unit_of("table", optim) == "entry"
+
+
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 8, 9])
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
 def test_ranks_keep_the_rows_that_chunk_deals_out(n_rows, n_ranks):

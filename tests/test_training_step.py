@@ -12,8 +12,10 @@ from nanorun.data.batches import token_set
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.build import build_optimizers
+from nanorun.training import setup
 from nanorun.training.checkpoint import weights_sha256
 from nanorun.training.distributed import Ranks
+from nanorun.training.feed import Span
 from nanorun.training.step import Stepper
 
 
@@ -274,6 +276,25 @@ def test_a_length_schedule_cuts_the_rows_of_a_step_and_changes_none_of_its_token
         assert [tuple(shape) for shape in shapes] == [(rows * 64 // length, length) for rows in (3, 3, 2)]
         loss_sum, n_predicted = model(*(rows.view(-1, length) for rows in stepper.batch(step, 0, 8)))
         assert loss == pytest.approx(loss_sum.item() / n_predicted.item(), abs=1e-5)
+
+
+def test_a_run_taken_up_does_not_say_that_its_smaller_micro_batch_is_for_want_of_memory(
+    make_stepper, monkeypatch
+):
+    stepper = make_stepper("train.micro_batch_rows=8")
+    run = SimpleNamespace(config=stepper.config, stepper=stepper, device=torch.device("cuda"))
+    choices = {"micro_batch_rows": 2, "compiled": False}
+    monkeypatch.setattr(setup, "check_state", lambda *given, **named: None)
+    assert setup.choose_as_before(run, SimpleNamespace(state={"choices": choices}, path="")) == "off"
+    assert (stepper.micro_batch_rows, stepper.halved) == (2, "")
+
+
+def test_pieces_of_two_lengths_share_no_mask(make_stepper):
+    stepper = make_stepper("train.length_schedule=[16, 64]", "model.dropout=0.3")
+    rows = torch.zeros(64, 64, dtype=torch.int64)
+    short, long = (stepper._cut(length, Span(0, 64), (rows, rows))[2] for length in (16, 64))
+    assert (len(short), len(long)) == (256, 64)
+    assert len(torch.cat([short, long]).unique()) == 320
 
 
 @pytest.mark.slow

@@ -141,6 +141,19 @@ def test_what_was_stated_stays_and_nothing_is_tried(on_two_cores, monkeypatch, a
     assert "1.0 of the 2 cores: training with 2 threads; seconds will not compare" in line
 
 
+def test_a_number_that_was_asked_for_is_not_said_to_be_faster(on_two_cores):
+    line = settle(FakeStepper(), on_two_cores, 1)
+    assert torch.get_num_threads() == 1
+    assert "faster" not in line
+
+
+def test_what_is_stated_on_another_rank_is_not_tried_here(on_two_cores, monkeypatch):
+    monkeypatch.setattr(Ranks, "any", lambda self, flag: True)
+    stepper = FakeStepper()
+    settle(stepper, on_two_cores)
+    assert stepper.asked == []
+
+
 def test_on_a_quiet_machine_only_another_number_than_torchs_is_told():
     quiet, four = Others(0.05, 0), Cores(4, 4)
     assert told(quiet, four, usual=4, chosen=4) == ""

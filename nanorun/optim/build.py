@@ -221,7 +221,7 @@ def _resolve(
     role: str, members: Members, optim: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Algorithm, dict[str, Any]]:
     """Return the algorithm and the checked options of one role."""
-    key = next((key for key in (role, STANDS_IN.get(role), "default") if key in optim), "default")
+    key = entry_of(role, optim)
     if key not in optim:
         raise UserError(
             f"no optimizer for the role {role!r} ({len(members)} parameters, such as {members[0][0]}): "
@@ -230,6 +230,11 @@ def _resolve(
     algorithm, options = _checked(key, optim[key])
     _check_role(algorithm, role)
     return algorithm, options
+
+
+def entry_of(role: str, optim: Mapping[str, Any]) -> str:
+    """Return the key of the entry that a role goes under; "default" where there is none for it."""
+    return next((key for key in (role, STANDS_IN.get(role)) if key in optim), None) or "default"
 
 
 def _check_role(algorithm: Algorithm, role: str) -> None:

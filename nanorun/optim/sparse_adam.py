@@ -39,6 +39,9 @@ class SparseAdam(torch.optim.Optimizer):
     """
 
     takes_sparse = True
+    skips_on_host = (
+        True  # which rows there are is read there as well, and a copy to put back would be of all rows
+    )
 
     def __init__(
         self,

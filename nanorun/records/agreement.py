@@ -299,6 +299,7 @@ def _not_like(record: Record, again: Record, same_code: bool) -> str:
         "torch differs": record.software.torch == again.software.torch,
         "one of them was compiled": record.software.compiled == again.software.compiled,
         "one of them was deterministic": record.software.deterministic == again.software.deterministic,
+        "one of them ran without kernels": record.software.kernels == again.software.kernels,
         "a run was stopped and resumed": not record.resumed and not again.resumed,
         "the code differs": same_code,
     }

@@ -420,6 +420,7 @@ def _machine_facts(record: Record) -> list[tuple[str, str]]:
     software = record.software
     ran = ", compiled" if software.compiled else ", not compiled"
     ran += ", deterministic" if software.deterministic else ""
+    ran += ", with kernels" if software.kernels else ""
     return [
         ("hardware", record.hardware.label),
         ("memory", f"{record.hardware.memory_gib:.4g} GiB"),

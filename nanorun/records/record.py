@@ -150,6 +150,8 @@ class Software:
     compiled: bool
     deterministic: bool = False
     """Torch used deterministic algorithms alone (`--deterministic`); it was off where an older record does not say."""
+    kernels: bool = False
+    """Eager passes in fp32 on a CPU ran by nanorun's own kernels; older records are from before there were any."""
 
 
 @dataclasses.dataclass(frozen=True)

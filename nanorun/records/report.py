@@ -489,6 +489,7 @@ def _mixtures(group: Sequence[Record]) -> Iterator[tuple[str, int]]:
     yield "versions of torch", len({r.software.torch for r in group})
     yield "kinds, compiled and not", len({r.software.compiled for r in group})
     yield "kinds, deterministic and not", len({r.software.deterministic for r in group})
+    yield "kinds, with kernels and without", len({r.software.kernels for r in group})
 
 
 def _runs(count: int) -> str:

@@ -434,7 +434,9 @@ def _placed(run: ComparedRun, track: object, state: Mapping[str, Any]) -> Compar
         corpus={} if corpus is None else {"manifest_sha256": corpus, **({"mix": mix} if mix else {})},
         validation_tokens=tokens,
         hardware={} if hardware is None else {"hardware": hardware},
-        software={key: choices[key] for key in ("torch", "compiled", "deterministic") if key in choices},
+        software={
+            key: choices[key] for key in ("torch", "compiled", "deterministic", "kernels") if key in choices
+        },
         code=_table(outcome.get("code")),
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import nanorun
+from nanorun import kernels
 from nanorun.errors import UserError
 
 MAX_PATCH_BYTES = 2_000_000
@@ -50,7 +51,12 @@ def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
     }
 
 
-def software(compiled: bool, deterministic: bool = False) -> dict[str, Any]:
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether eager passes in fp32 run by nanorun's own kernels there."""
+    return device.type == "cpu" and not kernels.why_not()
+
+
+def software(compiled: bool, deterministic: bool = False, kernels: bool = False) -> dict[str, Any]:
     """Return the record's `software`: versions that can move a result."""
     import numpy
 
@@ -61,6 +67,7 @@ def software(compiled: bool, deterministic: bool = False) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "compiled": compiled,
         "deterministic": deterministic,
+        "kernels": kernels,
     }
 
 

@@ -35,7 +35,9 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         "seed": config.seed,
         "config": config.model_dump(),
         "code": run.outcome.code,
-        "software": machine.software(run.compiled, run.options.deterministic),
+        "software": machine.software(
+            run.compiled, run.options.deterministic, machine.runs_kernels(run.device)
+        ),
         "hardware": {
             **machine.hardware(run.device, run.ranks.n_ranks),
             "earlier": run.outcome.earlier_hardware,

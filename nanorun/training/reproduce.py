@@ -346,7 +346,9 @@ def _setting(plan: Plan) -> tuple[Code, Hardware, Software]:
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     hardware = {**machine.hardware(plan.device, n_ranks), "n_threads": plan.n_threads}
     then = plan.record.software
-    return code, Hardware(**hardware), Software(**machine.software(then.compiled, then.deterministic))
+    kernels = then.kernels and machine.runs_kernels(plan.device)
+    software = machine.software(then.compiled, then.deterministic, kernels)
+    return code, Hardware(**hardware), Software(**software)
 
 
 def _code_here() -> Code:
@@ -473,6 +475,7 @@ def _run_here(plan: Plan, private: Path, resume: Path | None, console: Console) 
         stop_at_target=plan.record.stop_at_target,
         skip_bad_steps=plan.record.skipped_steps,
         deterministic=plan.record.software.deterministic,
+        kernels=plan.record.software.kernels,
         reproduces=plan.record.id,
         threads=plan.n_threads,
     )
@@ -497,6 +500,7 @@ def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None,
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(plan.n_threads),
+            "NANORUN_KERNELS": "1" if record.software.kernels else "0",
         }
         say(console, f"running in {tree}: nanorun train {shlex.join(words)}")
         code = _wait_for([*command, "--json", "--device", str(plan.device)], private, surroundings)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nanorun.errors import UserError
 from nanorun.model import GPT
 from nanorun.optim.averaging import WeightAverage
-from nanorun.optim.build import GroupRow, OptimizerSet, build_optimizers, find_algorithm
+from nanorun.optim.build import GroupRow, OptimizerSet, build_optimizers, entry_of, find_algorithm
 from nanorun.optim.ownership import Item, assign_owners
 from nanorun.training.distributed import Ranks
 
@@ -164,7 +164,7 @@ def _parts(model: GPT, optim: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> 
 
 def unit_of(role: str, optim: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the UNIT of the algorithm that a role is mapped to."""
-    name = optim.get(role, optim.get("default", {})).get("name")
+    name = optim.get(entry_of(role, optim), {}).get("name")
     if name is None:
         return "entry"  # build_optimizers says what is missing
     unit = getattr(find_algorithm(name).module, "UNIT", None)

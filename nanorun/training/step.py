@@ -121,13 +121,13 @@ class Stepper:
     def _cut(self, length: int, span: Span, pair: Pair) -> tuple[torch.Tensor, ...]:
         """Return inputs and targets of a span's rows, cut to `length`, and with dropout the keys of the pieces' masks.
 
-        A piece's number is as much a function of (step, row) as a row's is.
+        A piece's number is as much a function of (step, row) as a row's is, and no piece of another length has it.
         """
         idx_BT, targets_BT = pair[0].view(-1, length), pair[1].view(-1, length)
         if not self.config.model.drops:
             return idx_BT, targets_BT
         n_pieces = self.config.model.context_len // length
-        first, count = span.first_row * n_pieces, span.n_rows * n_pieces
+        first, count = span.first_row * n_pieces + (n_pieces - 1 << 40), span.n_rows * n_pieces
         return idx_BT, targets_BT, row_keys(self.config.seed, first, count, self.device)
 
     def backward(

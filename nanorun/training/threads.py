@@ -2,7 +2,7 @@
 
 The number is settled once, before the clock starts: it moves a run's bits as well as its speed. Waiting threads spin,
 as OpenMP has them by default; letting them sleep (GOMP_SPINCOUNT=0) helps beside a busy program no more than one
-thread fewer does, and costs a quarter to a half of a step without one (docs/performance.md).
+thread fewer does, and costs a fifth to two fifths of a step without one (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> str:
     cores = Cores(*(round(-ranks.slowest(-float(n))) for n in usable_cores()))
     if asked:
         torch.set_num_threads(asked)
-    elif not any(os.environ.get(name) for name in STATED_IN):
+        usual = asked
+    # Stated on one host, it is tried on none: a rank that tries waits for all others.
+    elif not ranks.any(any(os.environ.get(name) for name in STATED_IN)):
 
         def step_seconds(n: int) -> float:
             torch.set_num_threads(n)

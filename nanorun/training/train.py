@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from nanorun import kernels
 from nanorun.config import RunConfig
 from nanorun.errors import RunFailed, Stopped, UserError
 from nanorun.files import write_whole
@@ -64,7 +65,7 @@ def train(
     all but finished raises Stopped once it is. Raises UserError, RunFailed (not finite, target missed under
     `require_target`) or Stopped (a signal came; a checkpoint was saved).
     """
-    with machine.deterministic_algorithms(options.deterministic):
+    with machine.deterministic_algorithms(options.deterministic), kernels.allowed(options.kernels):
         return _train(config, track, options, console, resume, more_follow)
 
 
