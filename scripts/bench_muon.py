@@ -21,9 +21,7 @@ products, and four of `schatten`, AdamW's part included, take turns with forward
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -110,13 +108,26 @@ VARIANTS = {
 }
 """Muon's options, and from how many multiply-adds symmetric products are halved; the first is what was there before."""
 
-PRESET_SHAPES = ("128x3x1536", "192x3x4096")
+PRESET_SHAPES = ((128, 3, 1536), (192, 3, 4096))
 """Width, layers and tokens a step of the presets on embedded corpora; sotu's is shakespeare's."""
 
 
 def tokens_for(width: int) -> int:
     """Return 25 tokens for each unit of width, in whole rows of 128."""
     return -(-25 * width // 128) * 128
+
+
+def a_shape(word: str) -> tuple[int, int, int]:
+    """Return width, layers and tokens of "192x3x4096"."""
+    try:
+        width, layers, tokens = map(int, word.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r}: wanted WIDTHxLAYERSxTOKENS, as 192x3x4096") from None
+    if tokens % 128 or min(width, layers, tokens) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: wanted tokens in whole rows of 128, and none of the three 0"
+        )
+    return width, layers, tokens
 
 
 def share(width: int, layers: int, tokens: int, seconds: float) -> dict[str, Any]:
@@ -164,7 +175,7 @@ def share(width: int, layers: int, tokens: int, seconds: float) -> dict[str, Any
 def print_shares(arguments: argparse.Namespace) -> None:
     """Measure the optimizer's share for the widths and shapes asked for; print a table, and write it if told to."""
     asked = [(width, arguments.layers, tokens_for(width)) for width in arguments.widths]
-    asked += [tuple(int(part) for part in shape.split("x")) for shape in arguments.shapes]  # type: ignore[misc]
+    asked += arguments.shapes
     print("width layers tokens   passes ms", *(f"{name} ms share" for name in VARIANTS), sep="   ")
     rows = []
     for width, layers, tokens in asked:
@@ -188,7 +199,12 @@ def main() -> None:
         "--share", action="store_true", help="print the optimizer's share of the training step"
     )
     parser.add_argument(
-        "--shapes", nargs="*", default=PRESET_SHAPES, help="width x layers x tokens, for --share"
+        "--shapes",
+        type=a_shape,
+        nargs="*",
+        default=PRESET_SHAPES,
+        metavar="WxLxT",
+        help="width x layers x tokens, for --share",
     )
     parser.add_argument("--widths", type=int, nargs="*")
     parser.add_argument("--layers", type=int, help="4, or 3 with --share")
@@ -207,13 +223,8 @@ def main() -> None:
         print_shares(arguments)
         return
     options = {"coefficients": arguments.coefficients, "normalize_rows": arguments.normalize_rows}
-    setting = {
-        "layers": arguments.layers,
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        **options,
-    }
-    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    setting = {"layers": arguments.layers, "threads": arguments.threads, **options}
+    print(f"torch {torch.__version__}, " + ", ".join(f"{name} {value}" for name, value in setting.items()))
     print("width    ours ms    loop ms   ratio   quartiles   rounds")
     rows = []
     for width in arguments.widths:
@@ -226,8 +237,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json is not None:
-        report = {**setting, "machine": platform.processor() or platform.machine(), "widths": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_figures(arguments.json, "bench_muon.py", None, **setting, widths=rows)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ def first_step(track: str, folder: Path) -> dict[str, float]:
     process = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     try:
         while not (metrics.exists() and metrics.stat().st_size):
-            if process.poll() is not None or time.perf_counter() - began > MOST_SECONDS:
-                sys.exit(f"{' '.join(words)} came to no first step in {MOST_SECONDS:.0f} s")
+            if process.poll() is not None:
+                sys.exit(f"{' '.join(words[1:])} ended with {process.returncode} before its first step")
+            if time.perf_counter() - began > MOST_SECONDS:
+                sys.exit(f"{' '.join(words[1:])} came to no first step in {MOST_SECONDS:.0f} s")
             time.sleep(0.005)
         seconds = time.perf_counter() - began
         process.send_signal(signal.SIGTERM)

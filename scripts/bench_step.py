@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import write_figures
 from rich.console import Console
 
 from nanorun.config import resolve
@@ -27,7 +28,7 @@ from nanorun.doctor import gemm_gflops
 from nanorun.tracks import load_track
 from nanorun.training import distributed, setup
 from nanorun.training.clock import TrainingClock
-from nanorun.training.machine import deterministic_algorithms, hardware
+from nanorun.training.machine import deterministic_algorithms
 from nanorun.training.setup import Options, Run
 from nanorun.training.taking_up import Begun
 
@@ -88,7 +89,7 @@ def main() -> None:
         document = measure(arguments, folder)
     print(json.dumps(document, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        write_figures(arguments.out, "bench_step.py", None, **document)
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -102,7 +103,6 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
             runs[f"{optim} {micro}".strip()] = run
     document: dict[str, Any] = {
         "track": arguments.track,
-        "hardware": hardware(torch.device("cpu"), 1),
         "rows": [],
     }
     rate = gemm_gflops()

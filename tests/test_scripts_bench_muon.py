@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from scripts_loader import script
 
 
@@ -13,6 +14,15 @@ def test_a_share_is_the_optimizers_part_of_passes_and_update():
     for name in names:
         ms = found["ms"][name]
         assert math.isclose(found["share"][name], ms / (ms + found["ms"]["passes"]))
+
+
+def test_a_shape_that_cannot_be_cut_into_rows_is_refused_by_name(monkeypatch, capsys):
+    with script("bench_muon") as bench:
+        for shape in ("192x3", "192x3x4000"):
+            monkeypatch.setattr("sys.argv", ["bench_muon.py", "--share", "--shapes", shape])
+            with pytest.raises(SystemExit, match="2"):
+                bench.main()
+            assert f"--shapes: '{shape}': wanted" in capsys.readouterr().err
 
 
 def test_a_width_has_at_least_25_tokens_for_each_unit_in_whole_rows(monkeypatch):

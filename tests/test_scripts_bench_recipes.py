@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,17 +34,18 @@ def recipes(monkeypatch, tmp_path):
         yield module, words
 
 
-def test_recipes_take_turns_and_the_figures_are_those_of_compare(recipes, capsys):
+def test_recipes_take_turns_and_the_figures_are_those_of_compare(recipes, tmp_path, capsys):
     module, words = recipes
     other = "muon --set train.steps=9 --set 'optim.default.betas=[0.9, 0.95]'"
     command = ["--a", "fast", "--b", "muon", "--b", other, "--seeds", "3", "--first-seed", "7"]
-    module.main([*command, "--keep", "kept", "--out", "out.json"])
+    module.main([*command, "--keep", "kept", "--out", str(tmp_path / "out.json")])
     names = [dict(pairwise(said))["--run-name"] for said in words]
     assert names == [f"{side}-s{seed}" for seed in (7, 8, 9) for side in ("a", "b1", "b2")]
     assert "optim.default.betas=[0.9, 0.95]" in words[2]
     figures = json.loads(Path("out.json").read_text())
     assert figures["compared"]["b2"] == json.loads(json.dumps(compare("kept/a", "kept/b2").to_dict()))
     assert len(figures["runs"]) == 9
+    assert shlex.split(figures["command"])[2:] == [*command, "--keep", "kept", "--out", "out.json"]
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[1:3] + row[4:5] for row in rows] == [["3", "1000", "yes"]] * 3
     ratio = math.exp(sum(math.log((30 + s / 10) / (50 + s / 10)) for s in (7, 8, 9)) / 3)
