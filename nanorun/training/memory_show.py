@@ -40,7 +40,7 @@ VOCABULARIES = {"byte": ByteTokenizer.vocab_size, "gpt2": 50257}
 OVERHEAD = {"cpu": (12 * 2**20, 0.5), "cuda": (0, 0.1)}
 """What the process holds beyond what the allocator gave out: so many bytes, and a share of activations and buffers,
 which come and go; states stay where they are. On a CPU as `nanorun memory --measure` finds it for muon and ngram of the
-tracks on embedded corpora, 2 to 185 MiB of activations, within a third; on CUDA a guess."""
+tracks on embedded corpora, 2 to 185 MiB of activations, 54 % off at most; on CUDA a guess."""
 TIMED_ROUNDS = 3
 """Passes timed each way, in turns: one alone is a matter of luck."""
 
