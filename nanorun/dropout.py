@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanorun.operators import operator
+
 BITS = 0xFFFFFFFF
 
 
@@ -40,7 +42,7 @@ def keys_at(keys_B: Tensor, place: int) -> Tensor:
 
 # An operator of its own is left alone by torch.compile, which has changed what this computes in two ways: integers
 # that passed through floats, and a C++ compiler that took signed numbers not to wrap around.
-@torch.library.custom_op("nanorun::kept", mutates_args=())
+@operator("kept")
 def kept(keys_B: Tensor, n_lines: int, width: int, p: float, dtype: torch.dtype) -> Tensor:
     """Return kept_BLC: 1 with probability 1 − `p` (to 2⁻³²) and 0 elsewhere."""
     lines_BL, columns_C = lines_and_columns(keys_B, n_lines, width)
@@ -60,7 +62,7 @@ def lines_and_columns(keys_B: Tensor, n_lines: int, width: int) -> tuple[Tensor,
     return (lines_BL - 2**31).int(), (columns_C - 2**31).int()
 
 
-@kept.register_fake
+@torch.library.register_fake("nanorun::kept")
 def _(keys_B: Tensor, n_lines: int, width: int, p: float, dtype: torch.dtype) -> Tensor:
     return keys_B.new_empty((keys_B.size(0), n_lines, width), dtype=dtype)
 

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from nanorun.operators import operator
+
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = [
     *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
@@ -228,7 +230,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 # An operator of its own is seen by what chooses which results to keep for the backward pass (nanorun.model.EXPENSIVE).
-@torch.library.custom_op("nanorun::attention", mutates_args=())
+@operator("attention")
 def attention(
     qkv_BTX: Tensor,
     n_head: int,
@@ -246,11 +248,13 @@ def attention(
     return y_BTC, log_sum
 
 
-@attention.register_fake
 def _new_attention(qkv_BTX: Tensor, n_head: int, *rest: Any) -> tuple[Tensor, Tensor]:
     n_rows, n_positions, width = qkv_BTX.shape
     new = qkv_BTX.new_empty
     return new(n_rows, n_positions, width // 3), new(n_rows, n_head, n_positions)
+
+
+torch.library.register_fake("nanorun::attention", _new_attention)
 
 
 def _shape_of_attention(qkv_BTX: Tensor, n_head: int, eps: float | None) -> tuple[float, ...]:
@@ -285,11 +289,10 @@ class Attention(torch.autograd.Function):
         dropped: tuple[Tensor, Tensor, float] | None,
     ) -> Tensor:
         lines_BL, columns_T, ctx.p = dropped or (None, None, 0.0)
-        tables = *(rotary_TD or (None, None)), lines_BL, columns_T
-        found: tuple[Tensor, Tensor] = attention(qkv_BTX, n_head, eps, *tables, ctx.p)
-        y_BTC, log_sum = found
+        cos_TD, sin_TD = rotary_TD or (None, None)
+        y_BTC, log_sum = attention(qkv_BTX, n_head, eps, cos_TD, sin_TD, lines_BL, columns_T, ctx.p)
         ctx.shape = _shape_of_attention(qkv_BTX, n_head, eps)
-        ctx.save_for_backward(qkv_BTX, y_BTC, log_sum, *tables)
+        ctx.save_for_backward(qkv_BTX, y_BTC, log_sum, cos_TD, sin_TD, lines_BL, columns_T)
         return y_BTC
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanorun.dropout import kept, mix
+from nanorun.operators import operator
 
 ROUNDS = 0x2545F491
 """Any odd number: what keeps an n-gram's code apart from that of a shorter one with the same last tokens."""
@@ -56,7 +57,7 @@ class NgramEmbedding(nn.Module):
 
 # An operator of its own is left alone by torch.compile, which writes each use of a number out anew: a number is used
 # twice in each round of `mix`, so that the code of one trigram's row came to 18,000 lines.
-@torch.library.custom_op("nanorun::ngram_rows", mutates_args=())
+@operator("ngram_rows")
 def ngram_rows(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
     """Return rows_BTN as NgramEmbedding.rows does."""
     tokens_BT, code_BT = idx_BT + 1, idx_BT + 1
@@ -77,6 +78,6 @@ def ngram_rows(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_siz
     return torch.stack(found, dim=-1)
 
 
-@ngram_rows.register_fake
+@torch.library.register_fake("nanorun::ngram_rows")
 def _(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
     return idx_BT.new_empty((*idx_BT.shape, len(lengths)))

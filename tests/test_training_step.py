@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -333,3 +335,27 @@ def test_a_vocabulary_of_70000_trains(make_stepper):
     stepper.close()
     assert found[0] == pytest.approx(math.log(70_000), abs=0.5)
     assert found[-1] < found[0]
+
+
+def test_steps_with_kernels_dropout_and_ngrams_import_no_compiler():
+    code = """if True:
+        import sys, torch
+        from nanorun.config import resolve
+        from nanorun.data.batches import token_set
+        from nanorun.model import GPT
+        from nanorun.optim.build import build_optimizers
+        from nanorun.tracks import load_track
+        from nanorun.training.distributed import Ranks
+        from nanorun.training.step import Stepper
+        settings = ["model.dropout=0.1", "train.batch_tokens=64", "train.micro_batch_rows=2", "model.ngram_buckets=64"]
+        config = resolve(load_track("shakespeare-sprint"), "ngram", settings)
+        model = GPT(config.model, 65)
+        optimizers = build_optimizers(model, config.optim_by_role)
+        tokens = token_set([torch.arange(500).numpy() % 65])
+        stepper = Stepper(model, optimizers, tokens, config, device=torch.device("cpu"), ranks=Ranks())
+        stepper.warm_up()
+        stepper.step(0, 1.0)
+        stepper.close()
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanorun.operators import operator
+
 BLOCK = 128
 """Rows and columns of the result that one program computes."""
 DEPTH = 64
@@ -54,7 +56,7 @@ def kernel(
             tl.store(out + mirrored, tl.trans(result), mask=(cols[:, None] < size) & (rows[None, :] < size))
 
 
-@torch.library.custom_op("nanorun::symmetric_product", mutates_args=())
+@operator("symmetric_product")
 def symmetric_product(x_KSL: Tensor, addend_KSS: Tensor | None, alpha: float, beta: float) -> Tensor:
     """Return alpha·XXᵀ + beta·A of each matrix, KSS and symmetric; A is symmetric as well, or nothing.
 
@@ -82,7 +84,7 @@ def symmetric_product(x_KSL: Tensor, addend_KSS: Tensor | None, alpha: float, be
     return out_KSS
 
 
-@symmetric_product.register_fake
+@torch.library.register_fake("nanorun::symmetric_product")
 def _(x_KSL: Tensor, addend_KSS: Tensor | None, alpha: float, beta: float) -> Tensor:
     n_matrices, size, _ = x_KSL.shape
     return x_KSL.new_empty((n_matrices, size, size))
