@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from nanorun.model import GPT
 from nanorun.optim.build import OptimizerSet, build_optimizers
 from nanorun.optim.ownership import cost_of_parameter
 from nanorun.training import distributed, machine, sharding
+from nanorun.training.clock import now
 from nanorun.training.distributed import Ranks
 from nanorun.training.step import Stepper, chosen_precision
 
@@ -189,18 +189,12 @@ def time_steps(stepper: Stepper, seconds: float) -> tuple[list[float], list[floa
 
 def _timed(call: Callable[..., Any], into: list[float], device: torch.device) -> Callable[..., Any]:
     def timed(*arguments: Any) -> Any:
-        began = _now(device)
+        began = now(device)
         result = call(*arguments)
-        into.append(_now(device) - began)
+        into.append(now(device) - began)
         return result
 
     return timed
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def time_travel(stepper: Stepper, repeats: int = 3) -> dict[str, float]:
@@ -215,17 +209,17 @@ def time_travel(stepper: Stepper, repeats: int = 3) -> dict[str, float]:
     shared = sharing.shared if sharing else []
     for _ in range(repeats):
         stepper.ranks.wait()
-        began = _now(stepper.device)
+        began = now(stepper.device)
         with stepper.gradients.travelling():
             pass
         stepper.gradients.finish(torch.zeros(2, device=stepper.device))
-        sums.append(_now(stepper.device) - began)
+        sums.append(now(stepper.device) - began)
         stepper.ranks.wait()
-        began = _now(stepper.device)
+        began = now(stepper.device)
         for optimizer in shared:
             for parcel in sharing.send(optimizer):
                 parcel.receive()
-        broadcasts.append(_now(stepper.device) - began)
+        broadcasts.append(now(stepper.device) - began)
     n_ranks = stepper.ranks.n_ranks
     broadcast = sum(p.nbytes for one in shared for group in one.param_groups for p in group["params"])
     return {

@@ -305,26 +305,21 @@ def charts(document: Mapping[str, Any]) -> dict[str, str]:
         for size in dict.fromkeys(r["size"] for r in rows)
     ]
     by_context = [(name, chosen) for name, chosen in by_context if len(chosen) > 1]
-    label = "tokens a second, one device"
+    drawn = {
+        "scaling": (by_size, "n_parameters", "size", "parameters"),
+        "scaling-context": (by_context, "context_len", "context", "context, tokens"),
+    }
     return {
-        "scaling.svg": line_chart(
-            _series(by_size, "n_parameters", laws),
-            title="The training step by size",
-            x_label="parameters",
-            y_label=label,
+        f"{scope}.svg": line_chart(
+            _series(chosen, x, laws),
+            title=f"The training step by {what}",
+            x_label=x_label,
+            y_label="tokens a second, one device",
             x_log=True,
             y_log=True,
-            scope="scaling",
-        ),
-        "scaling-context.svg": line_chart(
-            _series(by_context, "context_len", laws),
-            title="The training step by context",
-            x_label="context, tokens",
-            y_label=label,
-            x_log=True,
-            y_log=True,
-            scope="scaling-context",
-        ),
+            scope=scope,
+        )
+        for scope, (chosen, x, what, x_label) in drawn.items()
     }
 
 

@@ -40,9 +40,8 @@ class SparseAdam(torch.optim.Optimizer):
     """
 
     takes_sparse = True
-    skips_on_host = (
-        True  # which rows there are is read there as well, and a copy to put back would be of all rows
-    )
+    # Which rows there are is read on the host as well, and a copy to put back would be of all rows.
+    skips_on_host = True
 
     def __init__(
         self,

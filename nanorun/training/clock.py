@@ -6,6 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock when the device is done with what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 
 class TrainingClock:
     """Seconds since its creation, split into what counts and what each pause took.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from nanorun.errors import first_line
 from nanorun.training.step import Stepper
 
 
@@ -81,9 +82,8 @@ def _try_to_compile(stepper: Stepper) -> str:
         stepper.compile()
         stepper.warm_up()
     except Exception as error:  # the compiler's own errors have no common class
-        reason = str(error).strip().splitlines()
         stepper.forget_compiled()
         stepper.optimizers.zero_grad()
         stepper.warm_up()
-        return reason[0][:200] if reason else type(error).__name__
+        return first_line(error)[:200]
     return ""

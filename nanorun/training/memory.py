@@ -13,7 +13,6 @@ Each goes by marks, and reads at a mark what is held and the most that was held 
 from __future__ import annotations
 
 import os
-import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from nanorun.errors import UserError
 from nanorun.model import CHEAPEST_FIRST, GPT, Recomputed
 from nanorun.optim.averaging import make_average
 from nanorun.optim.build import build_optimizers
+from nanorun.training.clock import now
 from nanorun.training.distributed import Ranks
 from nanorun.training.feed import Span
 from nanorun.training.step import Stepper
@@ -232,9 +232,7 @@ class Stopwatch:
         self.device, self.seconds = device, dict[str, float]()
 
     def mark(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter()
+        self.seconds[name] = now(self.device)
 
 
 class Passes(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -20,6 +19,7 @@ from nanorun.errors import UserError, first_line
 from nanorun.model import GPT, Recomputed
 from nanorun.optim.build import OptimizerSet
 from nanorun.training import sharding
+from nanorun.training.clock import now
 from nanorun.training.distributed import Ranks
 from nanorun.training.feed import Feed, Pair, Span
 from nanorun.training.gradients import GradientSum
@@ -287,14 +287,14 @@ class Stepper:
             0
         }
         loss = torch.zeros((), device=self.device)
-        began = self._now()
+        began = now(self.device)
         for n_rows in sorted(rows, reverse=True):
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             pair = self.to_device(idx_BT, idx_BT.clone())
             for length in self.lengths:
                 loss = self.backward(*self._cut(length, Span(0, n_rows), pair))
-        passed = self._now()
+        passed = now(self.device)
         try:
             # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
             self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
@@ -308,12 +308,7 @@ class Stepper:
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
             ) from error
         a_row = (passed - began) / (sum(rows) * len(self.lengths))
-        return a_row * self.rows_of_rank + self._now() - passed
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return a_row * self.rows_of_rank + now(self.device) - passed
 
 
 def is_out_of_memory(error: BaseException) -> bool:

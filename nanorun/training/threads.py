@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import median_high
 from typing import NamedTuple
 
 import psutil
@@ -137,7 +138,7 @@ def fastest(step_seconds: Callable[[int], float], cores: Cores, taken: int = 0) 
     others = [n for n in dict.fromkeys((cores.logical, usual - taken)) if 0 < n != usual]
     halves = [usual >> k for k in range(1, usual.bit_length())]
     for n in dict.fromkeys([*others, *halves]):
-        if step_seconds(n) > CLEARLY_SLOWER * _middle(seconds):
+        if step_seconds(n) > CLEARLY_SLOWER * median_high(seconds):
             if n in others:
                 continue
             break
@@ -145,13 +146,9 @@ def fastest(step_seconds: Callable[[int], float], cores: Cores, taken: int = 0) 
         for _ in range(READINGS):
             theirs.append(step_seconds(best))
             mine.append(step_seconds(n))
-        if _middle(mine) < (1 - LEAST_GAIN) * _middle(theirs):
+        if median_high(mine) < (1 - LEAST_GAIN) * median_high(theirs):
             best, seconds = n, mine
     return best
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> str:
