@@ -82,6 +82,8 @@ def test_the_lectures_example_takes_no_memory_to_foresee():
     assert lecture["activations"] == pytest.approx(60e9, rel=0.01)
     assert lecture["activations, block"] == pytest.approx(8e9, rel=0.1)
     assert rows["states together"]["nanorun_bytes"] == pytest.approx(16 * page["parameters"], rel=0.01)
+    # With a CPU's kernels, where they can be made, these would be 15.3.
+    assert rows["activations, block"]["nanorun_bytes"] == pytest.approx(25.2e9, rel=0.01)
 
 
 def test_auto_takes_the_cheapest_that_fits_and_then_fewer_rows(tiny_settings):

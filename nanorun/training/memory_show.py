@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nanorun import kernels
 from nanorun.config import RunConfig, resolve
 from nanorun.data.prepare import default_out, prepare_command
 from nanorun.data.shards import load_manifest
@@ -183,7 +184,8 @@ def _set_beside(page: dict[str, Any], lines: dict[str, int], seconds: dict[str, 
 def lecture_account() -> dict[str, Any]:
     """Return the lecture's example by the lecture's own formulas, beside nanorun's model of that shape."""
     config = resolve(load_track("fineweb-small"), "adamw", LECTURE)
-    with foreseeing() as meter:
+    # The lecture's is a GPU's memory: it is none of this machine's C compiler.
+    with kernels.allowed(False), foreseeing() as meter:
         rehearsal = rehearse(config, VOCABULARIES["gpt2"], torch.device("cpu"), meter)
         n_parameters = rehearsal.stepper.model.n_parameters()
     ours = account(meter.readings, CHEAPEST_FIRST)
