@@ -4,6 +4,7 @@
  * threads, and no sum depends on how many there are. N rows, C channels, B rows of T positions, H heads of D channels.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,44 +34,61 @@ static inline float exp_(float x) {
 
 static inline float tanh_(float x) { return 1.0f - 2.0f / (exp_(2.0f * x) + 1.0f); }
 
+static inline float rms_row(int64_t C, float eps, const float *x, float *y) {
+    float sum = 0;
+    for (int64_t c = 0; c < C; c++) sum += x[c] * x[c];
+    float r = 1.0f / sqrtf(sum / C + eps);
+    for (int64_t c = 0; c < C; c++) y[c] = x[c] * r;
+    return r;
+}
+
+static inline void rms_row_backward(int64_t C, const float *x, float r, const float *g, float *dx) {
+    float sum = 0;
+    for (int64_t c = 0; c < C; c++) sum += x[c] * g[c];
+    float m = sum * r * r / C;
+    for (int64_t c = 0; c < C; c++) dx[c] = r * (g[c] - x[c] * m);
+}
+
+static inline float layer_row(int64_t C, float eps, const float *x, const float *w, const float *b, float *y,
+                              float *mean) {
+    float sum = 0, squares = 0;
+    for (int64_t c = 0; c < C; c++) sum += x[c];
+    float m = sum / C;
+    for (int64_t c = 0; c < C; c++) squares += (x[c] - m) * (x[c] - m);
+    float r = 1.0f / sqrtf(squares / C + eps);
+    *mean = m;
+    if (b) for (int64_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * w[c] + b[c];
+    else for (int64_t c = 0; c < C; c++) y[c] = (x[c] - m) * r * w[c];
+    return r;
+}
+
+/* Adds the row's part to dw and db. */
+static inline void layer_row_backward(int64_t C, const float *x, const float *w, float m, float r, const float *g,
+                                      float *dx, float *dw, float *db) {
+    float sum = 0, product = 0;
+    for (int64_t c = 0; c < C; c++) {
+        float gw = g[c] * w[c], hat = (x[c] - m) * r;
+        sum += gw, product += gw * hat;
+        dw[c] += g[c] * hat, db[c] += g[c];
+    }
+    sum /= C, product /= C;
+    for (int64_t c = 0; c < C; c++) dx[c] = r * (g[c] * w[c] - sum - (x[c] - m) * r * product);
+}
+
 void rms_norm(int64_t N, int64_t C, float eps, const float *x, float *y, float *scale_N) {
 #pragma omp parallel for
-    for (int64_t n = 0; n < N; n++) {
-        const float *a = x + n * C;
-        float sum = 0;
-        for (int64_t c = 0; c < C; c++) sum += a[c] * a[c];
-        float r = 1.0f / sqrtf(sum / C + eps);
-        scale_N[n] = r;
-        for (int64_t c = 0; c < C; c++) y[n * C + c] = a[c] * r;
-    }
+    for (int64_t n = 0; n < N; n++) scale_N[n] = rms_row(C, eps, x + n * C, y + n * C);
 }
 
 void rms_norm_backward(int64_t N, int64_t C, const float *x, const float *scale_N, const float *g, float *dx) {
 #pragma omp parallel for
-    for (int64_t n = 0; n < N; n++) {
-        const float *a = x + n * C, *b = g + n * C;
-        float r = scale_N[n], sum = 0;
-        for (int64_t c = 0; c < C; c++) sum += a[c] * b[c];
-        float m = sum * r * r / C;
-        for (int64_t c = 0; c < C; c++) dx[n * C + c] = r * (b[c] - a[c] * m);
-    }
+    for (int64_t n = 0; n < N; n++) rms_row_backward(C, x + n * C, scale_N[n], g + n * C, dx + n * C);
 }
 
 void layer_norm(int64_t N, int64_t C, float eps, const float *x, const float *w, const float *b, float *y,
                 float *mean_N, float *scale_N) {
 #pragma omp parallel for
-    for (int64_t n = 0; n < N; n++) {
-        const float *a = x + n * C;
-        float sum = 0, squares = 0;
-        for (int64_t c = 0; c < C; c++) sum += a[c];
-        float m = sum / C;
-        for (int64_t c = 0; c < C; c++) squares += (a[c] - m) * (a[c] - m);
-        float r = 1.0f / sqrtf(squares / C + eps);
-        mean_N[n] = m, scale_N[n] = r;
-        float *out = y + n * C;
-        if (b) for (int64_t c = 0; c < C; c++) out[c] = (a[c] - m) * r * w[c] + b[c];
-        else for (int64_t c = 0; c < C; c++) out[c] = (a[c] - m) * r * w[c];
-    }
+    for (int64_t n = 0; n < N; n++) scale_N[n] = layer_row(C, eps, x + n * C, w, b, y + n * C, mean_N + n);
 }
 
 /* dw_PC and db_PC hold a part of the sum over rows for each of P ranges of rows. */
@@ -80,38 +98,19 @@ void layer_norm_backward(int64_t N, int64_t C, int64_t P, const float *x, const 
     for (int64_t p = 0; p < P; p++) {
         float *dw = dw_PC + p * C, *db = db_PC + p * C;
         memset(dw, 0, 4 * C), memset(db, 0, 4 * C);
-        for (int64_t n = p * N / P; n < (p + 1) * N / P; n++) {
-            const float *a = x + n * C, *b = g + n * C;
-            float m = mean_N[n], r = scale_N[n], sum = 0, product = 0;
-            for (int64_t c = 0; c < C; c++) {
-                float gw = b[c] * w[c], hat = (a[c] - m) * r;
-                sum += gw, product += gw * hat;
-                dw[c] += b[c] * hat, db[c] += b[c];
-            }
-            sum /= C, product /= C;
-            for (int64_t c = 0; c < C; c++) dx[n * C + c] = r * (b[c] * w[c] - sum - (a[c] - m) * r * product);
-        }
+        for (int64_t n = p * N / P; n < (p + 1) * N / P; n++)
+            layer_row_backward(C, x + n * C, w, mean_N[n], scale_N[n], g + n * C, dx + n * C, dw, db);
     }
 }
 
 #define GELU_A 0.7978845608f
 #define GELU_B 0.0356774081f
 
-void gelu(int64_t N, const float *x, float *y) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) {
-        float u = x[n] * (GELU_A + GELU_B * x[n] * x[n]);
-        y[n] = x[n] / (1.0f + exp_(-2.0f * u));
-    }
-}
+static inline float gelu_(float x) { return x / (1.0f + exp_(-2.0f * x * (GELU_A + GELU_B * x * x))); }
 
-void gelu_backward(int64_t N, const float *x, const float *g, float *dx) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) {
-        float square = x[n] * x[n], u = x[n] * (GELU_A + GELU_B * square);
-        float s = 1.0f / (1.0f + exp_(-2.0f * u));
-        dx[n] = g[n] * s * (1.0f + 2.0f * x[n] * (1.0f - s) * (GELU_A + 3.0f * GELU_B * square));
-    }
+static inline float gelu_slope(float x) {
+    float square = x * x, s = 1.0f / (1.0f + exp_(-2.0f * x * (GELU_A + GELU_B * square)));
+    return s * (1.0f + 2.0f * x * (1.0f - s) * (GELU_A + 3.0f * GELU_B * square));
 }
 
 /* The normal distribution up to x, by formula 7.1.26 of Abramowitz and Stegun, which torch's erf has too on a CPU; `bell`
@@ -125,31 +124,41 @@ static inline float normal_below(float x, float bell) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
-void gelu_exact(int64_t N, const float *x, float *y) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) y[n] = x[n] * normal_below(x[n], exp_(-0.5f * x[n] * x[n]));
+static inline float gelu_exact_(float x) { return x * normal_below(x, exp_(-0.5f * x * x)); }
+
+static inline float gelu_exact_slope(float x) {
+    float bell = exp_(-0.5f * x * x);
+    return normal_below(x, bell) + 0.3989422804f * x * bell;
 }
 
-void gelu_exact_backward(int64_t N, const float *x, const float *g, float *dx) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) {
-        float bell = exp_(-0.5f * x[n] * x[n]);
-        dx[n] = g[n] * (normal_below(x[n], bell) + 0.3989422804f * x[n] * bell);
+static inline float relu2_(float x) {
+    float r = x < 0.0f ? 0.0f : x;
+    return r * r;
+}
+
+static inline float relu2_slope(float x) { return 2.0f * (x < 0.0f ? 0.0f : x); }
+
+/* For each activation: the passes over N numbers, and those of one thread, which makes the activation again beside its
+ * gradient g, in place. */
+#define ACTIVATION(NAME)                                                                              \
+    void NAME(int64_t N, const float *x, float *y) {                                                  \
+        _Pragma("omp parallel for simd") for (int64_t n = 0; n < N; n++) y[n] = NAME##_(x[n]);        \
+    }                                                                                                 \
+    void NAME##_backward(int64_t N, const float *x, const float *g, float *dx) {                      \
+        _Pragma("omp parallel for simd") for (int64_t n = 0; n < N; n++) dx[n] = g[n] * NAME##_slope(x[n]); \
+    }                                                                                                 \
+    static void NAME##_alone(int64_t N, const float *x, float *y) {                                   \
+        _Pragma("omp simd") for (int64_t n = 0; n < N; n++) y[n] = NAME##_(x[n]);                     \
+    }                                                                                                 \
+    static void NAME##_alone_backward(int64_t N, const float *x, float *g, float *y) {                \
+        _Pragma("omp simd") for (int64_t n = 0; n < N; n++) {                                         \
+            y[n] = NAME##_(x[n]);                                                                     \
+            g[n] *= NAME##_slope(x[n]);                                                               \
+        }                                                                                             \
     }
-}
-
-void relu2(int64_t N, const float *x, float *y) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) {
-        float r = x[n] < 0.0f ? 0.0f : x[n];
-        y[n] = r * r;
-    }
-}
-
-void relu2_backward(int64_t N, const float *x, const float *g, float *dx) {
-#pragma omp parallel for simd
-    for (int64_t n = 0; n < N; n++) dx[n] = 2.0f * g[n] * (x[n] < 0.0f ? 0.0f : x[n]);
-}
+ACTIVATION(gelu)
+ACTIVATION(gelu_exact)
+ACTIVATION(relu2)
 
 /* Losses of the rows, logits bent under ±cap where it is not 0; where `wants_grad`, the gradient takes the logits' place.
  * Returns 1 where a target is neither in the vocabulary nor `ignored`, else 0. */
@@ -196,24 +205,48 @@ int cross_entropy(int64_t N, int64_t V, float cap, float *logits, const int64_t 
         for (int m = 0; m < M; m++)                                                                             \
             for (int v = 0; v < V; v++) *(vec *)(c + m * ldc + v * W) = sum[m][v];                             \
     }
+#ifdef __AVX512F__
+#define M_TILE 8
+TILE(8, 2)
+TILE(8, 1)
+#define WIDE tile_8_2
+#define NARROW tile_8_1
+#else
+#define M_TILE 6
 TILE(6, 2)
-TILE(1, 2)
 TILE(6, 1)
+#define WIDE tile_6_2
+#define NARROW tile_6_1
+#endif
+TILE(4, 2)
+TILE(1, 2)
+TILE(4, 1)
 TILE(1, 1)
+#define PANEL (2 * W)
 
-/* c (M, N) = a (M, K) b (K, N), added to c where `adds`; a has any strides; N is a multiple of W. For operands in cache. */
-static void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t row, int64_t column, const float *b,
-                     int64_t ldb, float *c, int64_t ldc, int adds) {
-    for (int64_t n = 0; n < N; n += 2 * W) {
+/* c (M, N) = a (M, K) b (K, N), added to c where `adds`; a has any strides; N is a multiple of W. b's panels of PANEL
+ * columns begin `step` apart and have rows of ldb. For operands in cache. */
+static void multiply_panels(int64_t M, int64_t N, int64_t K, const float *a, int64_t row, int64_t column, const float *b,
+                            int64_t ldb, int64_t step, float *c, int64_t ldc, int adds) {
+    for (int64_t n = 0; n < N; n += PANEL, b += step) {
         int64_t m = 0;
-        if (N - n >= 2 * W) {
-            for (; m + 6 <= M; m += 6) tile_6_2(K, a + m * row, row, column, b + n, ldb, c + m * ldc + n, ldc, adds);
-            for (; m < M; m++) tile_1_2(K, a + m * row, row, column, b + n, ldb, c + m * ldc + n, ldc, adds);
+        float *to = c + n;
+        if (N - n >= PANEL) {
+            for (; m + M_TILE <= M; m += M_TILE) WIDE(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
+            for (; m + 4 <= M; m += 4) tile_4_2(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
+            for (; m < M; m++) tile_1_2(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
         } else {
-            for (; m + 6 <= M; m += 6) tile_6_1(K, a + m * row, row, column, b + n, ldb, c + m * ldc + n, ldc, adds);
-            for (; m < M; m++) tile_1_1(K, a + m * row, row, column, b + n, ldb, c + m * ldc + n, ldc, adds);
+            for (; m + M_TILE <= M; m += M_TILE) NARROW(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
+            for (; m + 4 <= M; m += 4) tile_4_1(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
+            for (; m < M; m++) tile_1_1(K, a + m * row, row, column, b, ldb, to + m * ldc, ldc, adds);
         }
     }
+}
+
+/* The same, with b as it lies. */
+static void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t row, int64_t column, const float *b,
+                     int64_t ldb, float *c, int64_t ldc, int adds) {
+    multiply_panels(M, N, K, a, row, column, b, ldb, PANEL, c, ldc, adds);
 }
 
 static void transpose(int64_t M, int64_t N, const float *a, float *b) {
@@ -299,8 +332,84 @@ static inline float kept(uint32_t line, uint32_t column, int32_t least, float sc
     return (int32_t)x >= least ? scale : 0.0f;
 }
 
+/* Dropout's numbers: the least of the int32 that are kept, and 1/(1-p). */
+typedef struct { int64_t least; float scale; } Kept;
+
+static int64_t attention_room(int64_t T, int64_t D) { return 4 * T * D + QUERIES * T + T; }
+static int64_t attention_backward_room(int64_t T, int64_t D) { return 8 * T * D + 2 * QUERIES * T + 2 * T; }
+
+/* One head of one row of `attention`, in memory of attention_room numbers. */
+static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep, const float *qkv,
+                   float *y, float *log_sum_BHT, float *memory) {
+    int64_t T = s->T, H = s->H, D = s->D, b = bh / H, h = bh % H;
+    const float *in = qkv + b * T * 3 * H * D + h * D;
+    float *q = memory, *k = q + T * D, *kT = k + T * D, *v = kT + T * D, *p = v + T * D, *unused = p + QUERIES * T;
+    load(s, in, 1, q, unused), load(s, in + H * D, 1, k, unused), load(s, in + 2 * H * D, 0, v, unused);
+    float root = 1.0f / sqrtf(D);
+    for (int64_t i = 0; i < T * D; i++) k[i] *= root;
+    transpose(T, D, k, kT);
+    for (int64_t first = 0; first < T; first += QUERIES) {
+        int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
+        multiply(rows, keys, D, q + first * D, D, 1, kT, T, p, keys, 0);
+        weigh(p, rows, first, keys, log_sum_BHT + bh * T + first, 0);
+        if (lines) for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < keys; j++)
+                p[i * keys + j] *= kept(lines[bh * T + first + i], columns[j], keep.least, keep.scale);
+        multiply(rows, D, keys, p, keys, 1, v, D, y + (b * T + first) * H * D + h * D, H * D, 0);
+    }
+}
+
+/* Its gradient, in memory of attention_backward_room numbers. */
+static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep,
+                            const float *qkv, const float *y, const float *log_sum_BHT, const float *dy, float *dqkv,
+                            float *memory) {
+    int64_t T = s->T, H = s->H, D = s->D, b = bh / H, h = bh % H, n = T * D;
+    int64_t at = b * T * 3 * H * D + h * D;
+    float *q = memory, *k = q + n, *v = k + n, *kT = v + n, *vT = kT + n, *dq = vT + n, *dk = dq + n, *dv = dk + n;
+    float *p = dv + n, *dp = p + QUERIES * T, *q_scale = dp + QUERIES * T, *k_scale = q_scale + T;
+    load(s, qkv + at, 1, q, q_scale), load(s, qkv + at + H * D, 1, k, k_scale);
+    load(s, qkv + at + 2 * H * D, 0, v, 0);
+    float root = 1.0f / sqrtf(D);
+    for (int64_t i = 0; i < n; i++) k[i] *= root;
+    transpose(T, D, k, kT), transpose(T, D, v, vT);
+    for (int64_t first = 0; first < T; first += QUERIES) {
+        int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
+        const float *gy = dy + (b * T + first) * H * D + h * D, *out = y + (b * T + first) * H * D + h * D;
+        multiply(rows, keys, D, q + first * D, D, 1, kT, T, p, keys, 0);
+        weigh(p, rows, first, keys, (float *)log_sum_BHT + bh * T + first, 1);
+        multiply(rows, keys, D, gy, H * D, 1, vT, T, dp, keys, 0);
+        for (int64_t i = 0; i < rows; i++) {
+            float delta = 0, *w = p + i * keys, *dw = dp + i * keys;
+            for (int64_t d = 0; d < D; d++) delta += gy[i * H * D + d] * out[i * H * D + d];
+            if (!lines) {
+                for (int64_t j = 0; j < keys; j++) dw[j] = w[j] * (dw[j] - delta);
+                continue;
+            }
+            uint32_t line = lines[bh * T + first + i];
+            for (int64_t j = 0; j < keys; j++) {
+                float one = kept(line, columns[j], keep.least, keep.scale);
+                dw[j] = w[j] * (dw[j] * one - delta);
+                w[j] *= one;
+            }
+        }
+        /* The block's own keys are met here for the first time, and the earlier ones' sums go on. */
+        multiply(rows, D, keys, dp, keys, 1, k, D, dq + first * D, D, 0);
+        multiply(first, D, rows, dp, 1, keys, q + first * D, D, dk, D, 1);
+        multiply(rows, D, rows, dp + first, 1, keys, q + first * D, D, dk + first * D, D, 0);
+        multiply(first, D, rows, p, 1, keys, gy, H * D, dv, D, 1);
+        multiply(rows, D, rows, p + first, 1, keys, gy, H * D, dv + first * D, D, 0);
+    }
+    for (int64_t i = 0; i < n; i++) dk[i] *= root;
+    store(s, dq, qkv + at, 1, q_scale, dqkv + at);
+    store(s, dk, qkv + at + H * D, 1, k_scale, dqkv + at + H * D);
+    store(s, dv, qkv + at + 2 * H * D, 0, 0, dqkv + at + 2 * H * D);
+}
+
+/* Memory of a thread's own for so many numbers; null where there is none. */
+static float *own_memory(int64_t numbers) { return aligned_alloc(64, (4 * numbers + 63) / 64 * 64); }
+
 /* y_BTHD = causal attention of qkv_BT3HD. T and D are multiples of 16. lines_BHT and columns_T are those of the dropout
- * of weights, or null; its other two numbers are the least number kept and 1/(1-p). Returns 0, or 1 without memory. */
+ * of weights, or null; its other two numbers are those of Kept. Returns 0, or 1 without memory. */
 int attention(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float *cos, const float *sin,
               const int32_t *lines, const int32_t *columns, int64_t least, float scale, const float *qkv, float *y,
               float *log_sum_BHT) {
@@ -308,24 +417,9 @@ int attention(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float
     int failed = 0;
 #pragma omp parallel for reduction(| : failed)
     for (int64_t bh = 0; bh < B * H; bh++) {
-        int64_t b = bh / H, h = bh % H;
-        const float *in = qkv + b * T * 3 * H * D + h * D;
-        float *memory = aligned_alloc(64, 4 * (4 * T * D + QUERIES * T + T));
+        float *memory = own_memory(attention_room(T, D));
         if (!memory) { failed = 1; continue; }
-        float *q = memory, *k = q + T * D, *kT = k + T * D, *v = kT + T * D, *p = v + T * D, *unused = p + QUERIES * T;
-        load(&s, in, 1, q, unused), load(&s, in + H * D, 1, k, unused), load(&s, in + 2 * H * D, 0, v, unused);
-        float root = 1.0f / sqrtf(D);
-        for (int64_t i = 0; i < T * D; i++) k[i] *= root;
-        transpose(T, D, k, kT);
-        for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
-            multiply(rows, keys, D, q + first * D, D, 1, kT, T, p, keys, 0);
-            weigh(p, rows, first, keys, log_sum_BHT + bh * T + first, 0);
-            if (lines) for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < keys; j++)
-                    p[i * keys + j] *= kept(lines[bh * T + first + i], columns[j], least, scale);
-            multiply(rows, D, keys, p, keys, 1, v, D, y + (b * T + first) * H * D + h * D, H * D, 0);
-        }
+        attend(&s, bh, lines, columns, (Kept){least, scale}, qkv, y, log_sum_BHT, memory);
         free(memory);
     }
     return failed;
@@ -339,49 +433,288 @@ int attention_backward(int64_t B, int64_t T, int64_t H, int64_t D, float eps, co
     int failed = 0;
 #pragma omp parallel for reduction(| : failed)
     for (int64_t bh = 0; bh < B * H; bh++) {
-        int64_t b = bh / H, h = bh % H, n = T * D;
-        int64_t at = b * T * 3 * H * D + h * D;
-        float *memory = aligned_alloc(64, 4 * (8 * n + 2 * QUERIES * T + 2 * T));
+        float *memory = own_memory(attention_backward_room(T, D));
         if (!memory) { failed = 1; continue; }
-        float *q = memory, *k = q + n, *v = k + n, *kT = v + n, *vT = kT + n, *dq = vT + n, *dk = dq + n, *dv = dk + n;
-        float *p = dv + n, *dp = p + QUERIES * T, *q_scale = dp + QUERIES * T, *k_scale = q_scale + T;
-        load(&s, qkv + at, 1, q, q_scale), load(&s, qkv + at + H * D, 1, k, k_scale);
-        load(&s, qkv + at + 2 * H * D, 0, v, 0);
-        float root = 1.0f / sqrtf(D);
-        for (int64_t i = 0; i < n; i++) k[i] *= root;
-        transpose(T, D, k, kT), transpose(T, D, v, vT);
-        for (int64_t first = 0; first < T; first += QUERIES) {
-            int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
-            const float *gy = dy + (b * T + first) * H * D + h * D, *out = y + (b * T + first) * H * D + h * D;
-            multiply(rows, keys, D, q + first * D, D, 1, kT, T, p, keys, 0);
-            weigh(p, rows, first, keys, (float *)log_sum_BHT + bh * T + first, 1);
-            multiply(rows, keys, D, gy, H * D, 1, vT, T, dp, keys, 0);
-            for (int64_t i = 0; i < rows; i++) {
-                float delta = 0, *w = p + i * keys, *dw = dp + i * keys;
-                for (int64_t d = 0; d < D; d++) delta += gy[i * H * D + d] * out[i * H * D + d];
-                if (!lines) {
-                    for (int64_t j = 0; j < keys; j++) dw[j] = w[j] * (dw[j] - delta);
-                    continue;
-                }
-                uint32_t line = lines[bh * T + first + i];
-                for (int64_t j = 0; j < keys; j++) {
-                    float keep = kept(line, columns[j], least, scale);
-                    dw[j] = w[j] * (dw[j] * keep - delta);
-                    w[j] *= keep;
-                }
-            }
-            /* The block's own keys are met here for the first time, and the earlier ones' sums go on. */
-            multiply(rows, D, keys, dp, keys, 1, k, D, dq + first * D, D, 0);
-            multiply(first, D, rows, dp, 1, keys, q + first * D, D, dk, D, 1);
-            multiply(rows, D, rows, dp + first, 1, keys, q + first * D, D, dk + first * D, D, 0);
-            multiply(first, D, rows, p, 1, keys, gy, H * D, dv, D, 1);
-            multiply(rows, D, rows, p + first, 1, keys, gy, H * D, dv + first * D, D, 0);
-        }
-        for (int64_t i = 0; i < n; i++) dk[i] *= root;
-        store(&s, dq, qkv + at, 1, q_scale, dqkv + at);
-        store(&s, dk, qkv + at + H * D, 1, k_scale, dqkv + at + H * D);
-        store(&s, dv, qkv + at + 2 * H * D, 0, 0, dqkv + at + 2 * H * D);
+        attend_backward(&s, bh, lines, columns, (Kept){least, scale}, qkv, y, log_sum_BHT, dy, dqkv, memory);
         free(memory);
+    }
+    return failed;
+}
+
+/* A block of the model: attention and MLP, each behind its norm, each added to what came in. N = B*T tokens, M channels inside
+ * the MLP. The field names are those of nanorun/block.py. Where a pointer is null, its part is left out. */
+typedef struct {
+    int64_t B, T, C, H, M;
+    int64_t layer_norm; /* 0: RMS */
+    int64_t activation; /* 0: gelu, 1: gelu_exact, 2: relu2 */
+    int64_t least;      /* of Kept, as scale is */
+    float eps, qk_eps, scale;
+    const float *norm_1_weight, *norm_1_bias, *norm_2_weight, *norm_2_bias; /* (C) */
+    const float *qkv_weight, *qkv_bias, *proj_weight, *proj_bias;           /* (3C, C), (C, C) */
+    const float *up_weight, *up_bias, *down_weight, *down_bias;             /* (M, C), (C, M) */
+    const float *cos, *sin;                                                 /* (T, C / H) */
+    const int32_t *attention_lines, *attention_columns;                     /* (B, H*T), (T) */
+    const int32_t *proj_lines, *down_lines, *columns;                       /* (B, T) twice, (C) */
+    const float *x;                                                         /* (N, C), what comes in */
+    float *qkv, *y, *log_sum, *middle, *hidden;                             /* (N, 3C), (N, C), (B, H, T), (N, C), (N, M) */
+    float *out;                                                             /* (N, C) */
+    float *packed;                                                          /* all four weights */
+    /* Of the backward pass: the gradient of what comes out, */
+    const float *grad;
+    /* those it makes, */
+    float *dx, *norm_1_dweight, *norm_1_dbias, *norm_2_dweight, *norm_2_dbias;
+    float *qkv_dweight, *qkv_dbias, *proj_dweight, *proj_dbias, *up_dweight, *up_dbias, *down_dweight, *down_dbias;
+    /* and room for what is between: both norms' results, (N, C), the activation's and its input's gradient, (N, M), those of
+     * the middle, of what both projections made and of attention, (N, C), that of qkv, (N, 3C), and for each tile of rows
+     * the parts of the norms' weights, (tiles, 4C). */
+    float *normed_1, *normed_2, *activated, *dhidden, *dmiddle, *dproj, *ddown, *dy, *dqkv, *parts;
+} Block;
+
+/* Tokens that a thread takes through a chain of products at once. */
+#define ROWS 48
+
+static int64_t tiles_of(const Block *s) { return (s->B * s->T + ROWS - 1) / ROWS; }
+static int64_t rows_of(const Block *s, int64_t tile) {
+    int64_t left = s->B * s->T - tile * ROWS;
+    return left < ROWS ? left : ROWS;
+}
+static int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+/* This thread's share of b (K, N), of any strides, in panels of PANEL columns. */
+static void pack(int64_t K, int64_t N, const float *b, int64_t row, int64_t column, float *to) {
+    int64_t me = omp_get_thread_num(), n_threads = omp_get_num_threads();
+    for (int64_t p = panels(N) * me / n_threads; p < panels(N) * (me + 1) / n_threads; p++) {
+        int64_t n = p * PANEL, width = N - n < PANEL ? N - n : PANEL;
+        float *panel = to + n * K;
+        const float *from = b + n * column;
+        if (column == 1)
+            for (int64_t k = 0; k < K; k++) memcpy(panel + k * PANEL, from + k * row, 4 * width);
+        else
+            for (int64_t j = 0; j < width; j++)
+                for (int64_t k = 0; k < K; k++) panel[k * PANEL + j] = from[k * row + j * column];
+    }
+}
+
+/* c (rows, N) = a (rows, K) b, b packed, added to c where `adds`. */
+static void product(int64_t rows, int64_t N, int64_t K, const float *a, const float *b, float *c, int adds) {
+    multiply_panels(rows, N, K, a, K, 1, b, PANEL, K * PANEL, c, N, adds);
+}
+
+static void add_bias(int64_t rows, int64_t N, const float *bias, float *c) {
+    if (bias) for (int64_t n = 0; n < rows; n++)
+        for (int64_t i = 0; i < N; i++) c[n * N + i] += bias[i];
+}
+
+/* c times what dropout keeps of tokens from `first` on. */
+static void drop(const Block *s, const int32_t *lines, int64_t first, int64_t rows, const float *c, float *to) {
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t i = 0; i < s->C; i++)
+            to[n * s->C + i] = c[n * s->C + i] * kept(lines[first + n], s->columns[i], s->least, s->scale);
+}
+
+static void norm(const Block *s, const float *w, const float *b, int64_t rows, const float *x, float *y) {
+    float mean;
+    for (int64_t n = 0; n < rows; n++)
+        if (s->layer_norm) layer_row(s->C, s->eps, x + n * s->C, w, b, y + n * s->C, &mean);
+        else rms_row(s->C, s->eps, x + n * s->C, y + n * s->C);
+}
+
+/* y = what `norm` made of x; g becomes the gradient of x; `sums` (2C) those of the weight and bias. */
+static void norm_backward(const Block *s, const float *w, const float *b, int64_t rows, const float *x, float *y, float *g,
+                          float *sums) {
+    int64_t C = s->C;
+    memset(sums, 0, 8 * C);
+    for (int64_t n = 0; n < rows; n++, x += C, y += C, g += C)
+        if (s->layer_norm) {
+            float mean, r = layer_row(C, s->eps, x, w, b, y, &mean);
+            layer_row_backward(C, x, w, mean, r, g, g, sums, sums + C);
+        } else {
+            float r = rms_row(C, s->eps, x, y);
+            rms_row_backward(C, x, r, g, g);
+        }
+}
+
+static void activate(const Block *s, int64_t N, const float *x, float *y) {
+    if (s->activation == 0) gelu_alone(N, x, y);
+    else if (s->activation == 1) gelu_exact_alone(N, x, y);
+    else relu2_alone(N, x, y);
+}
+
+static void activate_backward(const Block *s, int64_t N, const float *x, float *g, float *y) {
+    if (s->activation == 0) gelu_alone_backward(N, x, g, y);
+    else if (s->activation == 1) gelu_exact_alone_backward(N, x, g, y);
+    else relu2_alone_backward(N, x, g, y);
+}
+
+/* out = x + what a projection of `a` (rows, K) comes to, under dropout where `lines` are given; `spare` has (rows, C). */
+static void project(const Block *s, int64_t first, int64_t rows, int64_t K, const float *a, const float *packed,
+                    const float *bias, const int32_t *lines, const float *x, float *out, float *spare) {
+    int64_t C = s->C;
+    if (!lines) {
+        memcpy(out, x, 4 * rows * C);
+        add_bias(rows, C, bias, out);
+        product(rows, C, K, a, packed, out, 1);
+        return;
+    }
+    product(rows, C, K, a, packed, spare, 0);
+    add_bias(rows, C, bias, spare);
+    drop(s, lines, first, rows, spare, spare);
+    for (int64_t i = 0; i < rows * C; i++) out[i] = x[i] + spare[i];
+}
+
+/* This thread's share of n things, [*from, *to). */
+static void share(int64_t n, int64_t *from, int64_t *to) {
+    int64_t me = omp_get_thread_num(), n_threads = omp_get_num_threads();
+    *from = n * me / n_threads, *to = n * (me + 1) / n_threads;
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Returns 0, or 1 without memory. */
+int block(const Block *s) {
+    int64_t C = s->C, M = s->M, T = s->T, D = C / s->H;
+    Shape shape = {T, s->H, D, s->qk_eps, s->cos, s->sin};
+    Kept keep = {s->least, s->scale};
+    float *qkv_w = s->packed, *proj_w = qkv_w + C * PANEL * panels(3 * C), *up_w = proj_w + C * PANEL * panels(C);
+    float *down_w = up_w + C * PANEL * panels(M);
+    int failed = 0;
+#pragma omp parallel
+    {
+        int64_t from, to;
+        float *own = own_memory(larger(attention_room(T, D), ROWS * (2 * C + M)));
+        if (!own) {
+#pragma omp atomic write
+            failed = 1;
+        }
+        pack(C, 3 * C, s->qkv_weight, 1, C, qkv_w), pack(C, C, s->proj_weight, 1, C, proj_w);
+        pack(C, M, s->up_weight, 1, C, up_w), pack(M, C, s->down_weight, 1, M, down_w);
+#pragma omp barrier
+        if (!failed) {
+            share(tiles_of(s), &from, &to);
+            for (int64_t tile = from; tile < to; tile++) {
+                int64_t n = tile * ROWS, rows = rows_of(s, tile);
+                norm(s, s->norm_1_weight, s->norm_1_bias, rows, s->x + n * C, own);
+                product(rows, 3 * C, C, own, qkv_w, s->qkv + n * 3 * C, 0);
+                add_bias(rows, 3 * C, s->qkv_bias, s->qkv + n * 3 * C);
+            }
+#pragma omp barrier
+            share(s->B * s->H, &from, &to);
+            for (int64_t bh = from; bh < to; bh++)
+                attend(&shape, bh, s->attention_lines, s->attention_columns, keep, s->qkv, s->y, s->log_sum, own);
+#pragma omp barrier
+            float *normed = own, *spare = own + ROWS * C, *activated = own + 2 * ROWS * C;
+            share(tiles_of(s), &from, &to);
+            for (int64_t tile = from; tile < to; tile++) {
+                int64_t n = tile * ROWS, rows = rows_of(s, tile);
+                float *middle = s->middle + n * C, *hidden = s->hidden + n * M;
+                project(s, n, rows, C, s->y + n * C, proj_w, s->proj_bias, s->proj_lines, s->x + n * C, middle, spare);
+                norm(s, s->norm_2_weight, s->norm_2_bias, rows, middle, normed);
+                product(rows, M, C, normed, up_w, hidden, 0);
+                add_bias(rows, M, s->up_bias, hidden);
+                activate(s, rows * M, hidden, activated);
+                project(s, n, rows, M, activated, down_w, s->down_bias, s->down_lines, middle, s->out + n * C, spare);
+            }
+        }
+        free(own);
+    }
+    return failed;
+}
+
+/* Tokens whose products are added up in one go in the gradient of a weight, and rows of it that a thread takes at once. */
+#define DEPTH 256
+#define OUTPUTS 48
+
+/* dw (O, I) = g (N, O) transposed, times x (N, I), and db (O) the sums of g, by all threads; `own` has DEPTH * OUTPUTS. */
+static void weight_gradient(int64_t N, int64_t O, int64_t I, const float *g, const float *x, float *dw, float *db,
+                            float *own) {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t o = 0; o < O; o += OUTPUTS) {
+        int64_t outputs = O - o < OUTPUTS ? O - o : OUTPUTS;
+        float sums[OUTPUTS] = {0};
+        for (int64_t n = 0; n < N; n += DEPTH) {
+            int64_t depth = N - n < DEPTH ? N - n : DEPTH;
+            for (int64_t k = 0; k < depth; k++) memcpy(own + k * outputs, g + (n + k) * O + o, 4 * outputs);
+            multiply(outputs, I, depth, own, 1, outputs, x + n * I, I, dw + o * I, I, n > 0);
+            if (db) for (int64_t k = 0; k < depth; k++)
+                for (int64_t i = 0; i < outputs; i++) sums[i] += own[k * outputs + i];
+        }
+        if (db) memcpy(db + o, sums, 4 * outputs);
+    }
+}
+
+/* Add up the tiles' parts of a norm's weight and bias. */
+static void add_parts(int64_t tiles, int64_t C, const float *parts, float *dw, float *db) {
+#pragma omp for nowait
+    for (int64_t c = 0; c < C; c++) {
+        float w = 0, b = 0;
+        for (int64_t tile = 0; tile < tiles; tile++) w += parts[4 * tile * C + c], b += parts[4 * tile * C + C + c];
+        if (dw) dw[c] = w;
+        if (db) db[c] = b;
+    }
+}
+
+/* The gradients, given that of what comes out; norms and activation are computed again. */
+int block_backward(const Block *s) {
+    int64_t C = s->C, M = s->M, T = s->T, D = C / s->H, N = s->B * T, tiles = tiles_of(s);
+    Shape shape = {T, s->H, D, s->qk_eps, s->cos, s->sin};
+    Kept keep = {s->least, s->scale};
+    float *qkv_w = s->packed, *proj_w = qkv_w + 3 * C * PANEL * panels(C), *up_w = proj_w + C * PANEL * panels(C);
+    float *down_w = up_w + M * PANEL * panels(C);
+    const float *ddown = s->down_lines ? s->ddown : s->grad, *dproj = s->proj_lines ? s->dproj : s->dmiddle;
+    int failed = 0;
+#pragma omp parallel
+    {
+        int64_t from, to;
+        float *own = own_memory(larger(attention_backward_room(T, D), DEPTH * OUTPUTS));
+        if (!own) {
+#pragma omp atomic write
+            failed = 1;
+        }
+        pack(3 * C, C, s->qkv_weight, C, 1, qkv_w), pack(C, C, s->proj_weight, C, 1, proj_w);
+        pack(M, C, s->up_weight, C, 1, up_w), pack(C, M, s->down_weight, M, 1, down_w);
+#pragma omp barrier
+        if (!failed) {
+            share(tiles, &from, &to);
+            for (int64_t tile = from; tile < to; tile++) {
+                int64_t n = tile * ROWS, rows = rows_of(s, tile);
+                const float *g = s->grad + n * C;
+                float *dmiddle = s->dmiddle + n * C, *dhidden = s->dhidden + n * M;
+                if (s->down_lines) drop(s, s->down_lines, n, rows, g, s->ddown + n * C);
+                product(rows, M, C, ddown + n * C, down_w, dhidden, 0);
+                activate_backward(s, rows * M, s->hidden + n * M, dhidden, s->activated + n * M);
+                product(rows, C, M, dhidden, up_w, dmiddle, 0);
+                norm_backward(s, s->norm_2_weight, s->norm_2_bias, rows, s->middle + n * C, s->normed_2 + n * C, dmiddle,
+                              s->parts + (4 * tile + 2) * C);
+                for (int64_t i = 0; i < rows * C; i++) dmiddle[i] += g[i];
+                if (s->proj_lines) drop(s, s->proj_lines, n, rows, dmiddle, s->dproj + n * C);
+                product(rows, C, C, dproj + n * C, proj_w, s->dy + n * C, 0);
+            }
+#pragma omp barrier
+            share(s->B * s->H, &from, &to);
+            for (int64_t bh = from; bh < to; bh++)
+                attend_backward(&shape, bh, s->attention_lines, s->attention_columns, keep, s->qkv, s->y, s->log_sum, s->dy,
+                                s->dqkv, own);
+#pragma omp barrier
+            share(tiles, &from, &to);
+            for (int64_t tile = from; tile < to; tile++) {
+                int64_t n = tile * ROWS, rows = rows_of(s, tile);
+                float *dx = s->dx + n * C;
+                product(rows, C, 3 * C, s->dqkv + n * 3 * C, qkv_w, dx, 0);
+                norm_backward(s, s->norm_1_weight, s->norm_1_bias, rows, s->x + n * C, s->normed_1 + n * C, dx,
+                              s->parts + 4 * tile * C);
+                for (int64_t i = 0; i < rows * C; i++) dx[i] += s->dmiddle[n * C + i];
+            }
+#pragma omp barrier
+            weight_gradient(N, 3 * C, C, s->dqkv, s->normed_1, s->qkv_dweight, s->qkv_dbias, own);
+            weight_gradient(N, C, C, dproj, s->y, s->proj_dweight, s->proj_dbias, own);
+            weight_gradient(N, M, C, s->dhidden, s->normed_2, s->up_dweight, s->up_dbias, own);
+            weight_gradient(N, C, M, ddown, s->activated, s->down_dweight, s->down_dbias, own);
+            if (s->layer_norm) {
+                add_parts(tiles, C, s->parts, s->norm_1_dweight, s->norm_1_dbias);
+                add_parts(tiles, C, s->parts + 2 * C, s->norm_2_dweight, s->norm_2_dbias);
+            }
+        }
+        free(own);
     }
     return failed;
 }

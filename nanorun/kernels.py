@@ -265,10 +265,13 @@ def _shape_of_attention(qkv_BTX: Tensor, n_head: int, eps: float | None) -> tupl
 def _attend(
     name: str, shape: tuple[float, ...], tables: tuple[Tensor | None, ...], p: float, *tensors: Tensor
 ) -> None:
-    # Kept numbers are those from the least upwards, of all int32.
-    least, scale = round(p * 2**32) - 2**31, 1 / (1 - p)
-    if _call(name, *shape, *tables, least, scale, *tensors):
+    if _call(name, *shape, *tables, *least_and_scale(p), *tensors):
         raise MemoryError("out of memory: a thread's share of attention")
+
+
+def least_and_scale(p: float) -> tuple[int, float]:
+    """Return the least int32 that dropout of a share `p` keeps, as it keeps all from there upwards, and 1/(1−p)."""
+    return round(p * 2**32) - 2**31, 1 / (1 - p)
 
 
 class Attention(torch.autograd.Function):
@@ -307,11 +310,9 @@ class Attention(torch.autograd.Function):
 
 def attention_suits(qkv_BTX: Tensor, n_head: int) -> bool:
     """Return whether `Attention` can take these queries, keys and values, and is faster than torch's."""
-    head_width = qkv_BTX.size(-1) // 3 // n_head
-    fits = (
-        qkv_BTX.size(1) % 16 == 0
-        and qkv_BTX.size(1) <= LONGEST
-        and head_width % 16 == 0
-        and head_width <= 128
-    )
-    return fits and suit(qkv_BTX)
+    return attention_fits(qkv_BTX.size(1), qkv_BTX.size(-1) // 3 // n_head) and suit(qkv_BTX)
+
+
+def attention_fits(n_positions: int, head_width: int) -> bool:
+    """Return whether `Attention` is made for rows of so many positions and heads of so many channels."""
+    return n_positions % 16 == 0 and n_positions <= LONGEST and head_width % 16 == 0 and head_width <= 128

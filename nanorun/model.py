@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanorun import head, kernels
+from nanorun.block import FusedBlock, Settings, suits
 from nanorun.documents import attention_in_documents, document_mask
 from nanorun.dropout import dropout, kept, keys_at, lines_and_columns
 from nanorun.ngrams import NgramEmbedding
@@ -201,6 +202,14 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout, self.drops_attention = config.dropout, config.attention_dropout
+        self.settings = Settings(
+            config.n_head,
+            config.norm == "layernorm",
+            config.norm_eps,
+            config.norm_eps if config.qk_norm else None,
+            config.activation,
+            config.dropout,
+        )
         self.norm_1 = make_norm(config)
         self.attn = Attention(config)
         self.norm_2 = make_norm(config)
@@ -215,9 +224,42 @@ class Block(nn.Module):
     ) -> Tensor:
         keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
         attention_keys_B = keys[0] if self.drops_attention else None
+        if self.is_fused(x_BTC, documents):
+            tables = self.tables(x_BTC, rotary_T11D, attention_keys_B, *keys[1:])
+            fused: Tensor = FusedBlock.apply(x_BTC, self.settings, tables, *self.in_order())
+            return fused
         attended_BTC = self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B, documents)
         x_BTC = x_BTC + self.drop(attended_BTC, keys[1])
         return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)), keys[2])
+
+    def is_fused(self, x_BTC: Tensor, documents: Any) -> bool:
+        """Return whether one operation does what the block does to this input."""
+        if documents is not None:
+            return False
+        return suits(x_BTC, self.attn.n_head, self.mlp.fc.out_features, *self.in_order())
+
+    def in_order(self) -> tuple[Tensor | None, ...]:
+        """Return the parameters in the order of nanorun.block.PARAMETERS."""
+        parts = self.norm_1, self.norm_2, self.attn.qkv, self.attn.proj, self.mlp.fc, self.mlp.proj
+        return tuple(getattr(part, name, None) for part in parts for name in ("weight", "bias"))
+
+    def tables(
+        self,
+        x_BTC: Tensor,
+        rotary_T11D: tuple[Tensor, Tensor] | None,
+        attention_keys_B: Tensor | None,
+        proj_keys_B: Tensor | None,
+        down_keys_B: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return what nanorun.block.TABLES names, for an input."""
+        _, n_positions, n_embd = x_BTC.shape
+        cos_and_sin = rotary_T11D or (None, None)
+        of_attention, of_proj, of_down = (None, None), (None, None), (None, None)
+        if attention_keys_B is not None:
+            of_attention = lines_and_columns(attention_keys_B, self.attn.n_head * n_positions, n_positions)
+        if proj_keys_B is not None and down_keys_B is not None:
+            of_proj, of_down = (lines_and_columns(keys, n_positions, n_embd) for keys in (proj_keys_B, down_keys_B))
+        return *cos_and_sin, *of_attention, of_proj[0], *of_down
 
     def drop(self, x_BTC: Tensor, drop_keys_B: Tensor | None) -> Tensor:
         """Return `x` under dropout, or `x` itself where there is none."""
@@ -332,7 +374,8 @@ class GPT(nn.Module):
         documents = self.document_mask(idx_BT, not keeps_all) if self.config.document_mask else None
         for layer, block in enumerate(self.blocks):
             keys_B = keys_at(drop_keys_B, layer) if drops else None
-            if keeps_all:
+            # What "selective" keeps is all that a fused block ever does.
+            if keeps_all or (self.checkpoint_activations == "selective" and block.is_fused(x_BTC, documents)):
                 x_BTC = block(x_BTC, rotary_T11D, keys_B, documents)
             else:
                 x_BTC = recomputed(self.checkpoint_activations, block, x_BTC, rotary_T11D, keys_B, documents)
