@@ -307,19 +307,38 @@ static void store(const Shape *s, float *g, const float *from, int prepared, con
 
 #define QUERIES 32
 
-/* Weights of `rows` queries from position `first` over `keys` keys: masked scores, less the row's `log_sum` where it is
- * known (`knows`), found and kept where not. */
+typedef int32_t mask __attribute__((vector_size(4 * W), aligned(4)));
+
+/* The largest of N numbers, a multiple of W. */
+static inline float largest(int64_t N, const float *s) {
+    vec top = *(const vec *)s;
+    for (int64_t j = W; j < N; j += W) {
+        vec x = *(const vec *)(s + j);
+        mask above = x > top;
+        top = (vec)(((mask)x & above) | ((mask)top & ~above));
+    }
+    float found = top[0];
+    for (int i = 1; i < W; i++) found = top[i] > found ? top[i] : found;
+    return found;
+}
+
+/* Weights of `rows` queries from position `first` over `keys` keys, a multiple of 16: scores, masked, less the row's
+ * `log_sum` where it is known (`knows`), found and kept where not. */
 static void weigh(float *s, int64_t rows, int64_t first, int64_t keys, float *log_sum, int knows) {
     for (int64_t i = 0; i < rows; i++, s += keys) {
-        int64_t seen = first + i + 1;
-        if (!knows) {
-            float top = s[0], sum = 0;
-            for (int64_t j = 1; j < seen; j++) top = s[j] > top ? s[j] : top;
-            for (int64_t j = 0; j < seen; j++) sum += exp_(s[j] - top);
+        /* Whole vectors: what is behind the last key that is seen weighs nothing beside it, and is set to 0 at the end. */
+        int64_t seen = first + i + 1, near = (seen + 15) / 16 * 16;
+        for (int64_t j = seen; j < near; j++) s[j] = -INFINITY;
+        if (knows) {
+            float less = log_sum[i];
+            for (int64_t j = 0; j < near; j++) s[j] = exp_(s[j] - less);
+        } else {
+            float top = largest(near, s), sum = 0;
+            for (int64_t j = 0; j < near; j++) sum += s[j] = exp_(s[j] - top);
             log_sum[i] = top + logf(sum);
+            float over = 1.0f / sum;
+            for (int64_t j = 0; j < near; j++) s[j] *= over;
         }
-        float less = log_sum[i];
-        for (int64_t j = 0; j < seen; j++) s[j] = exp_(s[j] - less);
         memset(s + seen, 0, 4 * (keys - seen));
     }
 }
