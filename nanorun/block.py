@@ -1,11 +1,11 @@
-"""A whole block of the model as one operation on a CPU: attention and MLP, forward and backward, in nanorun/kernels.c.
+"""A whole block of the model as one operation on a CPU: attention and MLP, forward and backward, in kernels.c.
 
-Each thread takes its own tokens through norm, product, activation and product while they are in its cache, and the products
-are the kernels' own: at the widths of a small model they run at 1.1 to 1.3 times the rate of the library's, which shares
-each product out anew. What is kept for the backward pass is what products and attention came to; norms, activation and
-dropout are computed again from it.
+Each thread takes its own tokens through norm, product, activation and product while they are in its cache, and the
+products are the kernels' own: at the widths of a small model they run at 1.1 to 1.3 times the rate of the library's,
+which shares each product out anew. What is kept for the backward pass is what products and attention came to; norms,
+activation and dropout are computed again from it.
 
-Shapes: as in nanorun/model.py; N = B·T tokens, M channels inside the MLP, P parameters.
+Shapes: as in nanorun/model.py; N = B·T tokens, M channels inside the MLP.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from nanorun import kernels
 
+LONGEST, WIDEST_HEAD = 1024, 128
+"""Positions and channels up to which a head's share of attention stays in a thread's cache; beyond, torch's tiles are
+faster."""
 TILE = 48
 """Tokens that a thread takes through a chain of products at once: ROWS of kernels.c."""
 COLUMNS = 32
@@ -28,7 +31,16 @@ ACTIVATIONS = ("gelu", "gelu_exact", "relu2")
 """By the numbers that kernels.c knows them by."""
 PARAMETERS = (
     *("norm_1_weight", "norm_1_bias", "norm_2_weight", "norm_2_bias"),
-    *("qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "up_weight", "up_bias", "down_weight", "down_bias"),
+    *(
+        "qkv_weight",
+        "qkv_bias",
+        "proj_weight",
+        "proj_bias",
+        "up_weight",
+        "up_bias",
+        "down_weight",
+        "down_bias",
+    ),
 )
 TABLES = ("cos", "sin", "attention_lines", "attention_columns", "proj_lines", "down_lines", "columns")
 KEPT = ("x", "qkv", "y", "log_sum", "middle", "hidden")
@@ -63,21 +75,27 @@ class Settings(NamedTuple):
 
 def suits(x_BTC: Tensor, n_head: int, n_inside: int, *parameters: Tensor | None) -> bool:
     """Return whether `FusedBlock` can take this input and these parameters here and now."""
-    n_embd = x_BTC.size(-1)
-    fits = kernels.attention_fits(x_BTC.size(1), n_embd // n_head) and n_embd % 16 == n_inside % 16 == 0
-    return fits and kernels.suit(x_BTC, *parameters)
+    _, n_positions, n_embd = x_BTC.shape
+    head_width = n_embd // n_head
+    in_vectors = n_positions % 16 == head_width % 16 == n_inside % 16 == 0
+    in_cache = n_positions <= LONGEST and head_width <= WIDEST_HEAD
+    return in_vectors and in_cache and kernels.suit(x_BTC, *parameters)
 
 
 class FusedBlock(torch.autograd.Function):
-    """What nanorun.model.Block makes of x (B, T, C), by its parameters in the order of PARAMETERS, None where there is none.
+    """What nanorun.model.Block makes of x (B, T, C), by its parameters in the order of PARAMETERS.
 
-    `tables` are those of TABLES: cos and sin (T, D) of rotary positions; the lines and columns of nanorun.dropout for the
-    weights of attention, for what both projections made. None leaves any of them out.
+    `tables` are those of TABLES: cos and sin (T, D) of rotary positions; the lines and columns of nanorun.dropout for
+    the weights of attention and for what both projections made. A parameter or table that is None is left out.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_BTC: Tensor, settings: Settings, tables: tuple[Tensor | None, ...], *parameters: Tensor | None
+        ctx: Any,
+        x_BTC: Tensor,
+        settings: Settings,
+        tables: tuple[Tensor | None, ...],
+        *parameters: Tensor | None,
     ) -> Tensor:
         n_rows, n_positions, n_embd = x_BTC.shape
         up = parameters[PARAMETERS.index("up_weight")]
@@ -128,13 +146,18 @@ def _packed(x_BTC: Tensor, n_inside: int) -> Tensor:
 def _call(name: str, settings: Settings, tensors: dict[str, Tensor | None]) -> None:
     """Call a kernel of struct Block, unless on stand-ins."""
     x_BTC, hidden = tensors["x"], tensors["hidden"]
-    assert x_BTC is not None and hidden is not None
+    assert x_BTC is not None
+    assert hidden is not None
     if isinstance(x_BTC, FakeTensor):
         return
     fields = _Fields(*x_BTC.shape, settings.n_head, hidden.size(-1), settings.layer_norm)
     fields.activation = ACTIVATIONS.index(settings.activation)
-    fields.least, fields.scale = kernels.least_and_scale(settings.dropout)
-    fields.eps, fields.qk_eps = settings.norm_eps, -1.0 if settings.qk_norm_eps is None else settings.qk_norm_eps
+    # Kept is what is drawn from `least` upwards, of all int32.
+    fields.least, fields.scale = round(settings.dropout * 2**32) - 2**31, 1 / (1 - settings.dropout)
+    fields.eps, fields.qk_eps = (
+        settings.norm_eps,
+        -1.0 if settings.qk_norm_eps is None else settings.qk_norm_eps,
+    )
     for field, tensor in tensors.items():
         if tensor is not None:
             setattr(fields, field, tensor.data_ptr())

@@ -1,6 +1,7 @@
-/* The passes of a small GPT's training step that are no large matrix product, fp32 on a CPU, one read of the memory each.
+/* The passes of a small GPT's training step, fp32 on a CPU: norms, activations and loss with one read of the memory each, and
+ * a whole block of the model.
  *
- * nanorun/kernels.py compiles, loads and calls this file, and says what each function is for. Rows are shared out among
+ * nanorun/kernels.py compiles and loads this file, and says with nanorun/block.py what each function is for. Rows are shared out among
  * threads, and no sum depends on how many there are. N rows, C channels, B rows of T positions, H heads of D channels.
  */
 #include <math.h>
@@ -357,7 +358,8 @@ typedef struct { int64_t least; float scale; } Kept;
 static int64_t attention_room(int64_t T, int64_t D) { return 4 * T * D + QUERIES * T + T; }
 static int64_t attention_backward_room(int64_t T, int64_t D) { return 8 * T * D + 2 * QUERIES * T + 2 * T; }
 
-/* One head of one row of `attention`, in memory of attention_room numbers. */
+/* One head of one row of y_BTHD, the causal attention of qkv_BT3HD, in memory of attention_room numbers. T and D are multiples
+ * of 16. lines_BHT and columns_T are those of the dropout of weights, or null. */
 static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep, const float *qkv,
                    float *y, float *log_sum_BHT, float *memory) {
     int64_t T = s->T, H = s->H, D = s->D, b = bh / H, h = bh % H;
@@ -378,7 +380,7 @@ static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32
     }
 }
 
-/* Its gradient, in memory of attention_backward_room numbers. */
+/* The gradient of qkv, given that of y, in memory of attention_backward_room numbers; scores and weights are computed again. */
 static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep,
                             const float *qkv, const float *y, const float *log_sum_BHT, const float *dy, float *dqkv,
                             float *memory) {
@@ -426,39 +428,6 @@ static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, co
 
 /* Memory of a thread's own for so many numbers; null where there is none. */
 static float *own_memory(int64_t numbers) { return aligned_alloc(64, (4 * numbers + 63) / 64 * 64); }
-
-/* y_BTHD = causal attention of qkv_BT3HD. T and D are multiples of 16. lines_BHT and columns_T are those of the dropout
- * of weights, or null; its other two numbers are those of Kept. Returns 0, or 1 without memory. */
-int attention(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float *cos, const float *sin,
-              const int32_t *lines, const int32_t *columns, int64_t least, float scale, const float *qkv, float *y,
-              float *log_sum_BHT) {
-    Shape s = {T, H, D, eps, cos, sin};
-    int failed = 0;
-#pragma omp parallel for reduction(| : failed)
-    for (int64_t bh = 0; bh < B * H; bh++) {
-        float *memory = own_memory(attention_room(T, D));
-        if (!memory) { failed = 1; continue; }
-        attend(&s, bh, lines, columns, (Kept){least, scale}, qkv, y, log_sum_BHT, memory);
-        free(memory);
-    }
-    return failed;
-}
-
-/* The gradient of qkv, given that of y; scores and weights are computed again. */
-int attention_backward(int64_t B, int64_t T, int64_t H, int64_t D, float eps, const float *cos, const float *sin,
-                       const int32_t *lines, const int32_t *columns, int64_t least, float scale, const float *qkv,
-                       const float *y, const float *log_sum_BHT, const float *dy, float *dqkv) {
-    Shape s = {T, H, D, eps, cos, sin};
-    int failed = 0;
-#pragma omp parallel for reduction(| : failed)
-    for (int64_t bh = 0; bh < B * H; bh++) {
-        float *memory = own_memory(attention_backward_room(T, D));
-        if (!memory) { failed = 1; continue; }
-        attend_backward(&s, bh, lines, columns, (Kept){least, scale}, qkv, y, log_sum_BHT, dy, dqkv, memory);
-        free(memory);
-    }
-    return failed;
-}
 
 /* A block of the model: attention and MLP, each behind its norm, each added to what came in. N = B*T tokens, M channels inside
  * the MLP. The field names are those of nanorun/block.py. Where a pointer is null, its part is left out. */

@@ -1,8 +1,8 @@
 """Fused passes of the training step on a CPU, fp32: nanorun/kernels.c, compiled once for the machine by its C compiler.
 
 A step of a small model spends a third of its seconds beside the matrix products, mostly in reading and writing the
-same activations again and again. Each function here does in one pass what plain torch operations do in up to ten, and
-`nanorun.model` asks `suit` whether they can stand in for those. They can't under autocast, torch.compile or a
+same activations again and again. Each function here does in one pass what plain torch operations do in up to ten
+(nanorun/block.py has the largest), and `nanorun.model` asks `suit` whether they can stand in for those. They can't under autocast, torch.compile or a
 tensor subclass, on a GPU, or where there is no C compiler; NANORUN_KERNELS=0 turns them off. On stand-ins for tensors
 (nanorun/training/memory.py) they compute nothing, and what they would hold is counted.
 
@@ -29,16 +29,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from nanorun.operators import operator
-
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = [
     *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
     # What turns sums into vector code; -ffast-math would flush denormals in the whole process, and lose NaN.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 ]
-LONGEST = 1024
-"""Positions up to which a thread's share of attention stays in its cache; beyond, torch's tiles are faster."""
 ROW_RANGES = 16
 """Ranges of rows whose sums make the gradient of a norm's weight, however many threads there are."""
 
@@ -227,92 +223,3 @@ class CrossEntropy(torch.autograd.Function):
         assert ctx.grad_NV is not None, "the memory of the logits was used by a backward pass before"
         grad_NV, ctx.grad_NV = ctx.grad_NV.mul_(grad), None
         return grad_NV, None, None, None
-
-
-# An operator of its own is seen by what chooses which results to keep for the backward pass (nanorun.model.EXPENSIVE).
-@operator("attention")
-def attention(
-    qkv_BTX: Tensor,
-    n_head: int,
-    eps: float | None,
-    cos_TD: Tensor | None,
-    sin_TD: Tensor | None,
-    lines_BL: Tensor | None,
-    columns_T: Tensor | None,
-    p: float,
-) -> tuple[Tensor, Tensor]:
-    """Return what `Attention` does, y_BTC, and the logarithm of the sum of each row's weights, (B, H, T)."""
-    y_BTC, log_sum = _new_attention(qkv_BTX, n_head)
-    shape = _shape_of_attention(qkv_BTX, n_head, eps)
-    _attend("attention", shape, (cos_TD, sin_TD, lines_BL, columns_T), p, qkv_BTX, y_BTC, log_sum)
-    return y_BTC, log_sum
-
-
-def _new_attention(qkv_BTX: Tensor, n_head: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    n_rows, n_positions, width = qkv_BTX.shape
-    new = qkv_BTX.new_empty
-    return new(n_rows, n_positions, width // 3), new(n_rows, n_head, n_positions)
-
-
-torch.library.register_fake("nanorun::attention", _new_attention)
-
-
-def _shape_of_attention(qkv_BTX: Tensor, n_head: int, eps: float | None) -> tuple[float, ...]:
-    n_rows, n_positions, width = qkv_BTX.shape
-    return n_rows, n_positions, n_head, width // 3 // n_head, -1.0 if eps is None else eps
-
-
-def _attend(
-    name: str, shape: tuple[float, ...], tables: tuple[Tensor | None, ...], p: float, *tensors: Tensor
-) -> None:
-    if _call(name, *shape, *tables, *least_and_scale(p), *tensors):
-        raise MemoryError("out of memory: a thread's share of attention")
-
-
-def least_and_scale(p: float) -> tuple[int, float]:
-    """Return the least int32 that dropout of a share `p` keeps, as it keeps all from there upwards, and 1/(1−p)."""
-    return round(p * 2**32) - 2**31, 1 / (1 - p)
-
-
-class Attention(torch.autograd.Function):
-    """Causal attention (B, T, C) of qkv (B, T, 3C), with what the model does to queries and keys before.
-
-    A norm over each head's channels where `eps` is not None; a turn by `cos` and `sin` (T, D) where they are given;
-    a share `p` of the weights dropped by the lines (B, H·T) and columns (T) of nanorun.dropout where they are given.
-    Nothing is kept for the backward pass but qkv, the result and one number for each row and head.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv_BTX: Tensor,
-        n_head: int,
-        eps: float | None,
-        rotary_TD: tuple[Tensor, Tensor] | None,
-        dropped: tuple[Tensor, Tensor, float] | None,
-    ) -> Tensor:
-        lines_BL, columns_T, ctx.p = dropped or (None, None, 0.0)
-        cos_TD, sin_TD = rotary_TD or (None, None)
-        y_BTC, log_sum = attention(qkv_BTX, n_head, eps, cos_TD, sin_TD, lines_BL, columns_T, ctx.p)
-        ctx.shape = _shape_of_attention(qkv_BTX, n_head, eps)
-        ctx.save_for_backward(qkv_BTX, y_BTC, log_sum, cos_TD, sin_TD, lines_BL, columns_T)
-        return y_BTC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None, None, None, None]:
-        qkv_BTX, y_BTC, log_sum, *tables = ctx.saved_tensors
-        dqkv_BTX = torch.empty_like(qkv_BTX)
-        tensors = qkv_BTX, y_BTC, log_sum, grad_BTC.contiguous(), dqkv_BTX
-        _attend("attention_backward", ctx.shape, tuple(tables), ctx.p, *tensors)
-        return dqkv_BTX, None, None, None, None
-
-
-def attention_suits(qkv_BTX: Tensor, n_head: int) -> bool:
-    """Return whether `Attention` can take these queries, keys and values, and is faster than torch's."""
-    return attention_fits(qkv_BTX.size(1), qkv_BTX.size(-1) // 3 // n_head) and suit(qkv_BTX)
-
-
-def attention_fits(n_positions: int, head_width: int) -> bool:
-    """Return whether `Attention` is made for rows of so many positions and heads of so many channels."""
-    return n_positions % 16 == 0 and n_positions <= LONGEST and head_width % 16 == 0 and head_width <= 128

@@ -136,16 +136,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         n_rows, n_positions, n_embd = x_BTC.shape
         head_width = n_embd // self.n_head
-        qkv_BTX = self.qkv(x_BTC)
-        if documents is None and kernels.attention_suits(qkv_BTX, self.n_head):
-            drops = None
-            if drop_keys_B is not None:
-                lines_and = lines_and_columns(drop_keys_B, self.n_head * n_positions, n_positions)
-                drops = (*lines_and, self.dropout)
-            return self.proj(
-                kernels.Attention.apply(qkv_BTX, self.n_head, self.qk_norm_eps, rotary_T11D, drops)
-            )
-        qkv_BT3HD = qkv_BTX.view(n_rows, n_positions, 3, self.n_head, head_width)
+        qkv_BT3HD = self.qkv(x_BTC).view(n_rows, n_positions, 3, self.n_head, head_width)
         qk_BT2HD, v_BTHD = qkv_BT3HD[:, :, :2], qkv_BT3HD[:, :, 2]
         if self.qk_norm_eps is not None:
             qk_BT2HD = F.rms_norm(qk_BT2HD, (head_width,), eps=self.qk_norm_eps)
@@ -258,7 +249,9 @@ class Block(nn.Module):
         if attention_keys_B is not None:
             of_attention = lines_and_columns(attention_keys_B, self.attn.n_head * n_positions, n_positions)
         if proj_keys_B is not None and down_keys_B is not None:
-            of_proj, of_down = (lines_and_columns(keys, n_positions, n_embd) for keys in (proj_keys_B, down_keys_B))
+            of_proj, of_down = (
+                lines_and_columns(keys, n_positions, n_embd) for keys in (proj_keys_B, down_keys_B)
+            )
         return *cos_and_sin, *of_attention, of_proj[0], *of_down
 
     def drop(self, x_BTC: Tensor, drop_keys_B: Tensor | None) -> Tensor:
@@ -275,7 +268,6 @@ EXPENSIVE = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.nanorun.attention.default,
     }
 )
 """What takes longer to compute again than its memory is worth. No batched products: in a block these are the weights

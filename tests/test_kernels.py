@@ -11,9 +11,8 @@ from rich.console import Console
 from test_model import GPT2, MODERN, VOCAB_SIZE, keys_of_rows, make_tokens
 
 from nanorun import kernels
-from nanorun.dropout import lines_and_columns
 from nanorun.errors import Stopped, UserError
-from nanorun.model import GPT, attention_under_dropout, rotate
+from nanorun.model import GPT
 from nanorun.records.record import read_records
 from nanorun.training import checkpoint
 from nanorun.training.run import resume_run, train_seeds
@@ -83,44 +82,6 @@ def test_cross_entropy_is_that_of_torch_with_targets_left_out(cap):
         kernels.CrossEntropy.apply(drawn(40, 67), targets, cap, -1)
 
 
-def plain_attention(qkv_BTX, n_head, eps, rotary, keys, p):
-    n_rows, n_positions, width = qkv_BTX.shape
-    x = qkv_BTX.view(n_rows, n_positions, 3, n_head, width // 3 // n_head)
-    qk, v = x[:, :, :2], x[:, :, 2]
-    if eps is not None:
-        qk = qk * (qk.square().mean(-1, True) + eps).rsqrt()
-    if rotary is not None:
-        qk = rotate(qk, *(table.double() for table in rotary))
-    q, k, v = (one.transpose(1, 2) for one in (*qk.unbind(2), v))
-    if keys is None:
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
-        scores += torch.full((n_positions, n_positions), -math.inf).triu(1)
-        y = scores.softmax(-1) @ v
-    else:
-        y = attention_under_dropout(q, k, v, keys, p)
-    return y.transpose(1, 2).reshape(n_rows, n_positions, -1)
-
-
-@needs_compiler
-@pytest.mark.parametrize(("n_positions", "head_width"), [(16, 16), (48, 32), (80, 48)])
-@pytest.mark.parametrize("drops", [False, True])
-@pytest.mark.parametrize("modern", [False, True])
-def test_attention_is_the_plain_one(n_positions, head_width, drops, modern):
-    config = dataclasses.replace(MODERN, n_embd=3 * head_width, n_head=3, context_len=n_positions)
-    tables = GPT(config, VOCAB_SIZE).rotary
-    rotary = (tables.cos_T11D, tables.sin_T11D) if modern else None
-    eps, p = 1e-6 if modern else None, 0.3 if drops else 0.0
-    keys = keys_of_rows(2) if drops else None
-    dropped = (*lines_and_columns(keys, 3 * n_positions, n_positions), p) if drops else None
-
-    def plain(x):
-        # attention_under_dropout weighs in fp32 whatever it is given.
-        return plain_attention(x, 3, eps, rotary, keys, p)
-
-    qkv = drawn(2, n_positions, 9 * head_width)
-    check(lambda x: kernels.Attention.apply(x, 3, eps, rotary, dropped), plain, qkv)
-
-
 def losses_and_grads(config, monkeypatch, off):
     if off:
         monkeypatch.setattr(kernels, "_allowed", False)
@@ -147,24 +108,6 @@ def test_a_model_trains_alike_with_kernels_and_without(config, dropout, monkeypa
 
 
 @needs_compiler
-def test_what_attention_came_to_is_kept_where_the_rest_of_a_block_is_computed_again(monkeypatch):
-    config = dataclasses.replace(MODERN, n_embd=64, dropout=0.2)
-    called, real = [], kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *words: called.append(name) or real(name, *words))
-    found, times = [], []
-    for way in ("none", "selective", "block"):
-        model, tokens = GPT(config, VOCAB_SIZE), make_tokens()
-        model.initialise(0)
-        model.checkpoint_activations = way
-        model(tokens, tokens.roll(-1, 1), keys_of_rows(3))[0].backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-        times.append((called.count("attention"), called.count("attention_backward")))
-        called.clear()
-    assert times == [(n * config.n_layer, config.n_layer) for n in (1, 1, 2)]
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
-
-
-@needs_compiler
 def test_kernels_carry_what_is_not_a_number_on():
     x = drawn(4, 32)
     x[2, 5] = math.nan
@@ -177,7 +120,6 @@ def test_kernels_carry_what_is_not_a_number_on():
         assert y[2, 5].isnan()
         assert y[:2].isfinite().all()
     assert kernels.CrossEntropy.apply(x.clone(), torch.zeros(4, dtype=torch.int64), 15.0, -1).isnan()
-    assert kernels.Attention.apply(x.repeat(4, 3)[None], 2, None, None, None).isnan().any()
 
 
 @needs_compiler
@@ -190,13 +132,7 @@ def test_one_thread_and_two_give_the_same_bits(monkeypatch):
     found = []
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
-        y = kernels.Attention.apply(
-            kernels.LayerNorm.apply(x, weight, None, 1e-5).view(5, 60, 64)[:, :48].repeat(1, 1, 3),
-            4,
-            1e-5,
-            None,
-            None,
-        )
+        y = kernels.LayerNorm.apply(x, weight, None, 1e-5)
         found.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
     torch.set_num_threads(threads)
     assert all(torch.equal(one, other) for one, other in zip(*found))

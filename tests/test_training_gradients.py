@@ -114,6 +114,7 @@ def test_compiled_code_is_not_compiled_anew_for_the_pass_whose_gradients_leave()
         return torch.compile(model, dynamic=False, backend="aot_eager")
 
     model = make_model(MODERN)
+    torch.compiler.reset()  # whatever was compiled in this process before
     # Not monkeypatch: its undoing deletes the setting, and every later recompilation in this process fails.
     with torch._dynamo.config.patch(error_on_recompile=True):
         found, _ = summed(model, Twins(), 4096, forward=compiled(model))

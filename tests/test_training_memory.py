@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from nanorun import kernels
 from nanorun.config import resolve
 from nanorun.errors import Stopped
 from nanorun.model import CHEAPEST_FIRST
@@ -56,7 +57,8 @@ def test_what_is_foreseen_is_what_the_allocator_gives_out(tiny_settings, preset,
         assert wanted.passes[way].peak == pytest.approx(found.passes[way].peak, rel=0.15)
     assert wanted.update_peak == pytest.approx(found.update_peak, rel=0.15)
     plain, selective, block = (found.passes[way].activations for way in CHEAPEST_FIRST)
-    assert plain > selective > block > 0
+    # A fused block keeps no more than selective ever does.
+    assert plain >= selective > block > 0
 
 
 def test_the_state_of_every_optimizer_is_foreseen(tiny_settings):
@@ -87,14 +89,15 @@ def test_the_lectures_example_takes_no_memory_to_foresee():
 
 
 def test_auto_takes_the_cheapest_that_fits_and_then_fewer_rows(tiny_settings):
-    # In one layer alone, kernels keep so little that "selective" gains nothing.
     config = tiny(tiny_settings, "train.checkpoint_activations=auto", "model.n_layer=3")
     fits = {}
     room = 2**40
     while (choice := choose(config, VOCAB_SIZE, CPU, 8, room)).fits:
         fits.setdefault((choice.way, choice.rows), choice.peak)
         room = int(choice.peak / (1 - memory.HEADROOM)) - 1
-    assert list(fits) == [(way, 8) for way in CHEAPEST_FIRST] + [("block", rows) for rows in (4, 2, 1)]
+    # Where blocks are fused "selective" gains nothing.
+    ways = [way for way in CHEAPEST_FIRST if way != "selective" or kernels.library() is None]
+    assert list(fits) == [(way, 8) for way in ways] + [("block", rows) for rows in (4, 2, 1)]
     assert list(fits.values()) == sorted(fits.values(), reverse=True)
 
 
