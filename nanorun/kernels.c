@@ -1,8 +1,9 @@
-/* The passes of a small GPT's training step, fp32 on a CPU: norms, activations and loss with one read of the memory each, and
- * a whole block of the model.
+/* The passes of a small GPT's training step, fp32 on a CPU: norms, activations and loss with one read of the memory each,
+ * and a whole block of the model.
  *
- * nanorun/kernels.py compiles and loads this file, and says with nanorun/block.py what each function is for. Rows are shared out among
- * threads, and no sum depends on how many there are. N rows, C channels, B rows of T positions, H heads of D channels.
+ * nanorun/kernels.py compiles and loads this file, and says with nanorun/block.py what each function is for. Rows are
+ * shared out among threads, and no sum depends on how many there are. N rows, C channels, B rows of T positions, H heads
+ * of D channels.
  */
 #include <math.h>
 #include <omp.h>
@@ -358,8 +359,8 @@ typedef struct { int64_t least; float scale; } Kept;
 static int64_t attention_room(int64_t T, int64_t D) { return 4 * T * D + QUERIES * T + T; }
 static int64_t attention_backward_room(int64_t T, int64_t D) { return 8 * T * D + 2 * QUERIES * T + 2 * T; }
 
-/* One head of one row of y_BTHD, the causal attention of qkv_BT3HD, in memory of attention_room numbers. T and D are multiples
- * of 16. lines_BHT and columns_T are those of the dropout of weights, or null. */
+/* One head of one row of y_BTHD, the causal attention of qkv_BT3HD, in memory of attention_room numbers. T and D are
+ * multiples of 16. lines_BHT and columns_T are those of the dropout of weights, or null. */
 static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep, const float *qkv,
                    float *y, float *log_sum_BHT, float *memory) {
     int64_t T = s->T, H = s->H, D = s->D, b = bh / H, h = bh % H;
@@ -380,7 +381,8 @@ static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32
     }
 }
 
-/* The gradient of qkv, given that of y, in memory of attention_backward_room numbers; scores and weights are computed again. */
+/* The gradient of qkv, given that of y, in memory of attention_backward_room numbers. Scores and weights are computed
+ * again. */
 static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, const int32_t *columns, Kept keep,
                             const float *qkv, const float *y, const float *log_sum_BHT, const float *dy, float *dqkv,
                             float *memory) {
@@ -429,8 +431,8 @@ static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, co
 /* Memory of a thread's own for so many numbers; null where there is none. */
 static float *own_memory(int64_t numbers) { return aligned_alloc(64, (4 * numbers + 63) / 64 * 64); }
 
-/* A block of the model: attention and MLP, each behind its norm, each added to what came in. N = B*T tokens, M channels inside
- * the MLP. The field names are those of nanorun/block.py. Where a pointer is null, its part is left out. */
+/* A block of the model: attention and MLP, each behind its norm, each added to what came in. N = B*T tokens, M channels
+ * inside the MLP. The field names are those of nanorun/block.py. Where a pointer is null, its part is left out. */
 typedef struct {
     int64_t B, T, C, H, M;
     int64_t layer_norm; /* 0: RMS */
@@ -452,9 +454,9 @@ typedef struct {
     /* those it makes, */
     float *dx, *norm_1_dweight, *norm_1_dbias, *norm_2_dweight, *norm_2_dbias;
     float *qkv_dweight, *qkv_dbias, *proj_dweight, *proj_dbias, *up_dweight, *up_dbias, *down_dweight, *down_dbias;
-    /* and room for what is between: both norms' results, (N, C), the activation's and its input's gradient, (N, M), those of
-     * the middle, of what both projections made and of attention, (N, C), that of qkv, (N, 3C), and for each tile of rows
-     * the parts of the norms' weights, (tiles, 4C). */
+    /* and room for what is between: both norms' results, (N, C), the activation's and the gradient of its input, (N, M),
+     * those of the middle, of what both projections made and of attention, (N, C), that of qkv, (N, 3C), and for each
+     * tile of tokens its part of the norms' weights, (tiles, 4C). */
     float *normed_1, *normed_2, *activated, *dhidden, *dmiddle, *dproj, *ddown, *dy, *dqkv, *parts;
 } Block;
 

@@ -2,9 +2,10 @@
 
 A step of a small model spends a third of its seconds beside the matrix products, mostly in reading and writing the
 same activations again and again. Each function here does in one pass what plain torch operations do in up to ten
-(nanorun/block.py has the largest), and `nanorun.model` asks `suit` whether they can stand in for those. They can't under autocast, torch.compile or a
-tensor subclass, on a GPU, or where there is no C compiler; NANORUN_KERNELS=0 turns them off. On stand-ins for tensors
-(nanorun/training/memory.py) they compute nothing, and what they would hold is counted.
+(nanorun/block.py has the largest), and `nanorun.model` asks `suit` whether they can stand in for those. They can't
+under autocast, torch.compile or a tensor subclass, on a GPU, or where there is no C compiler; NANORUN_KERNELS=0 turns
+them off. On stand-ins for tensors (nanorun/training/memory.py) they compute nothing, and what they would hold is
+counted.
 
 Shapes: as in nanorun/model.py; N rows of any kind.
 """
