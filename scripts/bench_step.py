@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         for optim in arguments.optim or ["adamw", "muon"]:
             run = make_run(arguments.track, optim, arguments.settings, arguments.data, folder)
             began = time.perf_counter()
-            run.stepper.forward = torch.compile(run.stepper.working, dynamic=False)
+            run.stepper.compile()
             run.stepper.warm_up()
             document["compile_seconds"][optim] = time.perf_counter() - began
             runs[f"{optim} compiled"] = run

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,6 +194,30 @@ def test_only_the_first_warm_up_runs_every_shape_and_new_code_or_smaller_micro_b
         assert met() == every
         stepper.micro_batch_rows = 2
         assert met() == [(2 * 64 // length, length) for length in (16, 32, 64)]
+
+
+def test_more_shapes_than_torch_has_graphs_for_are_all_compiled_and_its_limit_stays(
+    make_stepper, monkeypatch
+):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    stepper = make_stepper("train.length_schedule=[4, 8, 16, 32, 64]", "train.micro_batch_rows=3")
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        stepper.compile()
+        try:
+            stepper.warm_up()
+            assert len(graphs) == 10 > limit
+            stepper.step(0, 1.0)
+            assert len(graphs) == 10
+        finally:
+            torch._dynamo.reset()
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def no_memory_on_cuda():

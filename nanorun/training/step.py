@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -212,16 +212,19 @@ class Stepper:
     def compile(self) -> None:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
-        Gathering stays outside what is compiled, and all blocks share one graph. On CUDA so do the optimizers that can.
+        Gathering stays outside what is compiled, and all blocks share one graph, so one code has a graph for each
+        length and size of the micro-batches, and for the two of a validation. On CUDA so do the optimizers that can.
         """
         self.optimizers.compile()
         self._met_rows = 0
+        n_shapes = len(self.lengths) * len(self._micro_batches()) + 2
         if self.sharded:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
+                block._compiled_call_impl = _with_room(block._compiled_call_impl, n_shapes)
         else:
             self._set_sparse(False)
-            self.forward = torch.compile(self.working, dynamic=False)
+            self.forward = _with_room(torch.compile(self.working, dynamic=False), n_shapes)
 
     def forget_compiled(self) -> None:
         """Have the passes run eager code again."""
@@ -342,6 +345,21 @@ class Stepper:
             ) from error
         a_row = (passed - began) / (sum(sizes) * len(lengths))
         return a_row * self.rows_of_rank + now(self.device) - passed
+
+
+def _with_room(call: Callable[..., Any], n_shapes: int) -> Callable[..., Any]:
+    """Return compiled code that has a graph for each of so many shapes, beside what torch allows for all else.
+
+    Past torch's limit, 8 graphs of one code, it would run eager code and say nothing to whoever trains.
+    """
+    config = torch._dynamo.config
+    room = config.patch(recompile_limit=config.recompile_limit + n_shapes)
+
+    def roomy(*arguments: Any) -> Any:
+        with room:
+            return call(*arguments)
+
+    return roomy
 
 
 def is_out_of_memory(error: BaseException) -> bool:
