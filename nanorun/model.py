@@ -420,9 +420,10 @@ class GPT(nn.Module):
         """Return how many numbers are trained, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, context_len: float = 0) -> int:
         """Return the floating-point operations that training spends per token, forward and backward.
 
+        `context_len` is that of the rows, or its mean over a run that trains on shorter ones; 0 is the config's.
         6·N + 12·n_layer·n_embd·context_len: N counts the weights that multiply activations (all matrices and
         the head, tied or not; no embedding look-up, bias or norm), and the second term is attention's scores
         and sums over the whole context, the masked half included (the convention of the PaLM paper,
@@ -432,4 +433,4 @@ class GPT(nn.Module):
         n_matmul = self.vocab_size * config.n_embd
         roles = self.roles()
         n_matmul += sum(p.numel() for name, p in self.named_parameters() if roles[name].role == "matrix")
-        return 6 * n_matmul + 12 * config.n_layer * config.n_embd * config.context_len
+        return 6 * n_matmul + round(12 * config.n_layer * config.n_embd * (context_len or config.context_len))

@@ -1,10 +1,10 @@
 """Time the training step of a track's preset and set it beside the machine's fp32 matrix rate.
 
 Prints, for each preset: milliseconds of a step and of its optimizer part, tokens/s, and the share of the best
-GEMM rate of the same process that the step reaches, by GPT.flops_per_token. `--micro` tries micro-batches,
-`--windows` validation passes, `--compile` adds the compiled step and what compiling cost, `--deterministic` the step
-with deterministic algorithms alone. Presets take turns, so that a machine whose speed drifts moves all alike; the
-medians are printed, and `--out` writes JSON.
+GEMM rate of the same process that the step reaches, by GPT.flops_per_token at the mean length of the rows of the
+steps that are timed. `--micro` tries micro-batches, `--windows` validation passes, `--compile` adds the compiled step
+and what compiling cost, `--deterministic` the step with deterministic algorithms alone. Presets take turns, so that a
+machine whose speed drifts moves all alike; the medians are printed, and `--out` writes JSON.
 
     python scripts/bench_step.py --track sotu --optim adamw --optim muon --micro 1024,2048,4096 --compile
 """
@@ -126,7 +126,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     for name, (step, update) in seconds.items():
         run = runs[name]
         tokens = run.config.train.batch_tokens
-        reached = run.model.flops_per_token() * tokens / step / 1e9
+        flops = run.model.flops_per_token(run.config.mean_length(arguments.steps))
+        reached = flops * tokens / step / 1e9
         document["rows"].append(
             {
                 "name": name,
