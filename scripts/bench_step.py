@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from figures import write_figures
+from mistakes import telling_mistakes
 from rich.console import Console
 
 from nanorun.config import resolve
@@ -70,6 +71,7 @@ def _timed(call: Any, into: list[float]) -> Any:
     return timed
 
 
+@telling_mistakes("bench_step")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
