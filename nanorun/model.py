@@ -325,7 +325,9 @@ class GPT(nn.Module):
             "a model with dropout needs the keys of its rows to train"
         )
         if self.ngrams is not None:
-            x_BTC = x_BTC + self.ngrams(idx_BT, self._ngram_keys(drop_keys_B), self.config.ngram_dropout)
+            token = self.document_token if self.config.document_mask else None
+            ngram_keys_B = self._ngram_keys(drop_keys_B)
+            x_BTC = x_BTC + self.ngrams(idx_BT, ngram_keys_B, self.config.ngram_dropout, token)
         if drops:
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         keeps_all = self.checkpoint_activations == "none" or not (self.training and torch.is_grad_enabled())
