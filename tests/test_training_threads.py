@@ -54,6 +54,12 @@ def test_what_is_clearly_slower_costs_one_step_and_a_long_step_is_tried_with_not
     assert asked == [2, 2]
 
 
+def test_beside_a_neighbour_what_it_slows_down_is_stepped_no_more_than_it_takes_to_compare():
+    step_seconds, asked = timing({2: 3.0, 1: 0.1})
+    assert fastest(step_seconds, Cores(2, 2), taken=1) == (1, 0.1)
+    assert asked == [1, 2, 1, 2, 1]
+
+
 def test_two_numbers_take_turns_twice_where_that_settles_it():
     for one in (0.05, 0.068, 0.08):
         step_seconds, asked = timing({2: 0.07, 1: one})

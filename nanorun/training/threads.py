@@ -141,7 +141,8 @@ def fastest(step_seconds: Callable[[int], float], cores: Cores, taken: int = 0) 
     halves for as long as they are no slower.
     """
     usual = cores.physical
-    step_seconds(usual)  # the first one makes buffers and threads
+    # The first one makes buffers. On cores that others compute on it would take many times as long.
+    step_seconds(usual - taken if 0 < taken < usual else usual)
     best, seconds = usual, [step_seconds(usual)]
     if seconds[0] > LONG_STEP_SECONDS and not taken:
         return usual, seconds[0]
