@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -265,6 +266,10 @@ class RunConfig(_Strict):
         """Return how long the pieces are that the rows of a step are cut into; past the last step as at its end."""
         lengths = self.train.length_schedule or [self.model.context_len]
         return lengths[min(step, self.train.steps - 1) * len(lengths) // self.train.steps]
+
+    def mean_length(self, n_steps: int = 0) -> float:
+        """Return how long the pieces are in the mean over the first `n_steps` steps; 0: over all of them."""
+        return statistics.fmean(map(self.length_at, range(n_steps or self.train.steps)))
 
     @property
     def optim_by_role(self) -> dict[str, dict[str, Any]]:

@@ -359,7 +359,9 @@ class GPT(nn.Module):
             "a model with dropout needs the keys of its rows to train"
         )
         if self.ngrams is not None:
-            x_BTC = x_BTC + self.ngrams(idx_BT, self._ngram_keys(drop_keys_B), self.config.ngram_dropout)
+            token = self.document_token if self.config.document_mask else None
+            ngram_keys_B = self._ngram_keys(drop_keys_B)
+            x_BTC = x_BTC + self.ngrams(idx_BT, ngram_keys_B, self.config.ngram_dropout, token)
         if drops:
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         keeps_all = self.checkpoint_activations == "none" or not (self.training and torch.is_grad_enabled())
@@ -455,9 +457,10 @@ class GPT(nn.Module):
         """Return how many numbers are trained, a tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self) -> int:
+    def flops_per_token(self, context_len: float = 0) -> int:
         """Return the floating-point operations that training spends per token, forward and backward.
 
+        `context_len` is that of the rows, or its mean over a run that trains on shorter ones; 0 is the config's.
         6·N + 12·n_layer·n_embd·context_len: N counts the weights that multiply activations (all matrices and
         the head, tied or not; no embedding look-up, bias or norm), and the second term is attention's scores
         and sums over the whole context, the masked half included (the convention of the PaLM paper,
@@ -467,4 +470,4 @@ class GPT(nn.Module):
         n_matmul = self.vocab_size * config.n_embd
         roles = self.roles()
         n_matmul += sum(p.numel() for name, p in self.named_parameters() if roles[name].role == "matrix")
-        return 6 * n_matmul + 12 * config.n_layer * config.n_embd * config.context_len
+        return 6 * n_matmul + round(12 * config.n_layer * config.n_embd * (context_len or config.context_len))

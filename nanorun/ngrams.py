@@ -23,7 +23,8 @@ class NgramEmbedding(nn.Module):
 
     All tables lie in one weight, `n_buckets` rows for each length. An n-gram's row is its number where there are
     no more of them than rows, and a hash of it elsewhere, so that some n-grams share a row. Before a row's first
-    token stands a token of no text. Where `sparse` is set, the weight's gradient is a sparse tensor of the rows
+    token stands a token of no text, and before a document's first token where `document_token` begins documents
+    that are kept apart. Where `sparse` is set, the weight's gradient is a sparse tensor of the rows
     that were read: its size and its cost are those of the tokens, not of the tables.
     """
 
@@ -33,13 +34,15 @@ class NgramEmbedding(nn.Module):
         self.sparse = False
         self.weight = nn.Parameter(torch.zeros(len(self.lengths) * n_buckets, n_embd))
 
-    def rows(self, idx_BT: Tensor) -> Tensor:
+    def rows(self, idx_BT: Tensor, document_token: int | None = None) -> Tensor:
         """Return rows_BTN, the row of the weight of each n-gram that ends at each position."""
-        return ngram_rows(idx_BT, self.lengths, self.n_buckets, self.vocab_size)
+        return ngram_rows(idx_BT, self.lengths, self.n_buckets, self.vocab_size, document_token)
 
-    def forward(self, idx_BT: Tensor, drop_keys_B: Tensor | None, p: float) -> Tensor:
+    def forward(
+        self, idx_BT: Tensor, drop_keys_B: Tensor | None, p: float, document_token: int | None = None
+    ) -> Tensor:
         """Return the sums, (B, T, C); with keys, a share `p` of the n-grams dropped, each whole."""
-        rows_BTN = self.rows(idx_BT)
+        rows_BTN = self.rows(idx_BT, document_token)
         n_rows, n_positions, n_lengths = rows_BTN.shape
         weights_BTN = None
         if drop_keys_B is not None:
@@ -58,13 +61,23 @@ class NgramEmbedding(nn.Module):
 # An operator of its own is left alone by torch.compile, which writes each use of a number out anew: a number is used
 # twice in each round of `mix`, so that the code of one trigram's row came to 18,000 lines.
 @operator("ngram_rows")
-def ngram_rows(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
+def ngram_rows(
+    idx_BT: Tensor,
+    lengths: Sequence[int],
+    n_buckets: int,
+    vocab_size: int,
+    document_token: int | None = None,
+) -> Tensor:
     """Return rows_BTN as NgramEmbedding.rows does."""
     tokens_BT, code_BT = idx_BT + 1, idx_BT + 1
+    document_BT = None if document_token is None else (idx_BT == document_token).cumsum(1)
     n_codes = n_kinds = vocab_size + 1
     exact, found = True, []
     for length in range(2, max(lengths) + 1):
         before_BT = F.pad(tokens_BT, (length - 1, 0))[:, : tokens_BT.size(1)]
+        if document_BT is not None:
+            its_document_BT = F.pad(document_BT, (length - 1, 0))[:, : tokens_BT.size(1)]
+            before_BT = before_BT.where(its_document_BT == document_BT, 0)
         n_codes *= n_kinds
         if exact and n_codes <= n_buckets:
             code_BT = code_BT * n_kinds + before_BT
@@ -79,5 +92,11 @@ def ngram_rows(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_siz
 
 
 @torch.library.register_fake("nanorun::ngram_rows")
-def _(idx_BT: Tensor, lengths: Sequence[int], n_buckets: int, vocab_size: int) -> Tensor:
+def _(
+    idx_BT: Tensor,
+    lengths: Sequence[int],
+    n_buckets: int,
+    vocab_size: int,
+    document_token: int | None = None,
+) -> Tensor:
     return idx_BT.new_empty((*idx_BT.shape, len(lengths)))

@@ -23,6 +23,7 @@ from typing import Any
 
 from bench_step import make_run
 from figures import write_figures
+from mistakes import telling_mistakes
 
 from nanorun.training import checkpoint
 from nanorun.training.setup import Run
@@ -105,6 +106,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: str) -> dict[str, 
     }
 
 
+@telling_mistakes("bench_checkpoint")
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

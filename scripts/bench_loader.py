@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import make_run
+from mistakes import telling_mistakes
 
 from nanorun.data.batches import TokenSet, train_rows
 from nanorun.data.shards import open_shard, write_shard
@@ -198,6 +199,7 @@ def time_fineweb(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@telling_mistakes("bench_loader")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from bench_muon import plain_step
+from mistakes import telling_mistakes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -312,6 +313,7 @@ def make_table(document: dict[str, Any]) -> Table:
     return table
 
 
+@telling_mistakes("bench_optim")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from figures import write_figures
+from mistakes import telling_mistakes
 from rich.console import Console
 
-from nanorun.errors import UserError
 from nanorun.records.compare import Comparison, compare, print_comparison
 from nanorun.records.report import TrackView
 from nanorun.records.significance import judge
@@ -104,6 +104,7 @@ def seconds_worth(found: Comparison) -> float | None:
     return saved - found.exchange.steps * a["seconds_mean"] / a["step"]
 
 
+@telling_mistakes("bench_recipes")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,12 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="figures, as JSON")
     arguments = parser.parse_args(argv)
     sides = [Side("a", arguments.a), *(Side(f"b{n + 1}", recipe) for n, recipe in enumerate(arguments.b))]
-    try:
-        track = TrackView.of(load_track(arguments.track))
-        runs = race(sides, arguments)
-        found = [compare(str(arguments.keep / "a"), str(arguments.keep / side.name)) for side in sides[1:]]
-    except UserError as error:
-        raise SystemExit(f"bench_recipes: {error}") from None
+    track = TrackView.of(load_track(arguments.track))
+    runs = race(sides, arguments)
+    found = [compare(str(arguments.keep / "a"), str(arguments.keep / side.name)) for side in sides[1:]]
     for one in found:
         print_comparison(one, Console(stderr=True))
     rows = [cells(sides[0], found[0], "a", track)]

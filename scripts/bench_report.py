@@ -21,7 +21,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
 
+from mistakes import telling_mistakes  # noqa: E402
 from records_samples import a_dict  # noqa: E402
+
+from nanorun.tracks import load_track  # noqa: E402
 
 
 def write_records(folder: Path, n: int, track: str, points: int) -> int:
@@ -56,6 +59,7 @@ def run(command: list[str], cache: Path) -> tuple[float, dict[str, Any]]:
     return seconds, json.loads(done.stdout)
 
 
+@telling_mistakes("bench_report")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="times the command is run with an index")
     parser.add_argument("--track", default="sotu")
     asked = parser.parse_args()
+    load_track(asked.track)
     with tempfile.TemporaryDirectory() as name:
         folder, cache = Path(name) / "records", Path(name) / "cache"
         size = write_records(folder, asked.records, asked.track, asked.points)

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from figures import write_figures
+from mistakes import telling_mistakes
 
+from nanorun.tracks import load_track
 from nanorun.training.checkpoint import newest_of
 
 PACKAGES = ("nanorun", "nanorun.cli", "torch", "nanorun.training.run")
@@ -114,6 +116,7 @@ def show(found: dict[str, Any]) -> None:
             )
 
 
+@telling_mistakes("bench_start")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--records", type=Path, default=Path("records"))
     parser.add_argument("--out", type=Path, metavar="OUT")
     arguments = parser.parse_args(argv)
+    for track in arguments.tracks:
+        load_track(track)
     found = measure(arguments.tracks, arguments.repeats, arguments.records)
     show(found)
     if arguments.out:

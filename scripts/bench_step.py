@@ -1,10 +1,10 @@
 """Time the training step of a track's preset and set it beside the machine's fp32 matrix rate.
 
 Prints, for each preset: milliseconds of a step and of its optimizer part, tokens/s, and the share of the best
-GEMM rate of the same process that the step reaches, by GPT.flops_per_token. `--micro` tries micro-batches,
-`--windows` validation passes, `--compile` adds the compiled step and what compiling cost, `--deterministic` the step
-with deterministic algorithms alone. Presets take turns, so that a machine whose speed drifts moves all alike; the
-medians are printed, and `--out` writes JSON.
+GEMM rate of the same process that the step reaches, by GPT.flops_per_token at the mean length of the rows of the
+steps that are timed. `--micro` tries micro-batches, `--windows` validation passes, `--compile` adds the compiled step
+and what compiling cost, `--deterministic` the step with deterministic algorithms alone. Presets take turns, so that a
+machine whose speed drifts moves all alike; the medians are printed, and `--out` writes JSON.
 
     python scripts/bench_step.py --track sotu --optim adamw --optim muon --micro 1024,2048,4096 --compile
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from figures import write_figures
+from mistakes import telling_mistakes
 from rich.console import Console
 
 from nanorun.config import resolve
@@ -70,6 +71,7 @@ def _timed(call: Any, into: list[float]) -> Any:
     return timed
 
 
+@telling_mistakes("bench_step")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,7 +113,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         for optim in arguments.optim or ["adamw", "muon"]:
             run = make_run(arguments.track, optim, arguments.settings, arguments.data, folder)
             began = time.perf_counter()
-            run.stepper.forward = torch.compile(run.stepper.working, dynamic=False)
+            run.stepper.compile()
             run.stepper.warm_up()
             document["compile_seconds"][optim] = time.perf_counter() - began
             runs[f"{optim} compiled"] = run
@@ -126,7 +128,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     for name, (step, update) in seconds.items():
         run = runs[name]
         tokens = run.config.train.batch_tokens
-        reached = run.model.flops_per_token() * tokens / step / 1e9
+        flops = run.model.flops_per_token(run.config.mean_length(arguments.steps))
+        reached = flops * tokens / step / 1e9
         document["rows"].append(
             {
                 "name": name,

@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mistakes import telling_mistakes
+
 from nanorun.config import make_config, resolve
 from nanorun.errors import UserError
 from nanorun.records.record import Record, read_records
@@ -87,6 +89,7 @@ def best_of_search(folder: Path, preset: str) -> float | None:
     return min((loss for loss in losses if loss is not None), default=None)
 
 
+@telling_mistakes("fair_table")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -102,15 +105,15 @@ def main() -> None:
     track = load_track(arguments.track)
     records = [r for r in read_records(arguments.records, track.name)[0] if of_today(r, track)]
     if not records:
-        raise SystemExit(f"no record of a preset as it stands now under {arguments.records / track.name}")
+        raise UserError(
+            f"no record of a preset as it stands now under {arguments.records / track.name}: make some with nanorun "
+            f"train --track {track.name}, or name another folder with --records"
+        )
     bench: dict[str, Any] = {}
     if arguments.bench:
         parts = json.loads(arguments.bench.read_text())
         bench = {row["name"]: row for part in parts if part["size"] == arguments.size for row in part["rows"]}
-    try:
-        table = build_table(TrackView.of(track), records, hardware=arguments.hardware)
-    except UserError as error:
-        raise SystemExit(f"fair_table: {error}") from None
+    table = build_table(TrackView.of(track), records, hardware=arguments.hardware)
     search = arguments.records / "benchmarks" / f"tune-{track.name}"
     print(f"| {' | '.join(TITLES)} |\n|{'---|' * len(TITLES)}")
     for row in sorted(

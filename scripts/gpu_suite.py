@@ -89,18 +89,34 @@ class Suite:
                     times[name].append(taken)
         return {name: statistics.median(some) for name, some in times.items()}
 
-    def peak_gib(self, call: Callable[[], object]) -> float | None:
-        """Return the most device memory allocated in a call; None on a CPU."""
+    def held(self) -> int:
+        """Return the bytes of device memory that are allocated; 0 on a CPU."""
+        import gc
+
         import torch
 
         if self.device.type != "cuda":
-            call()
+            return 0
+        # What is garbage now would else be freed, and counted as another's, later.
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    def peak_gib(self, call: Callable[[], object], before: int) -> float | None:
+        """Return the most device memory allocated in a call beside the bytes that `held` told before; None on a CPU.
+
+        Told before a contender was made, they are what the others hold, so that what is left is the contender's alone.
+        """
+        import torch
+
+        call()  # the first makes what stays, such as the optimizers' state
+        if self.device.type != "cuda":
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**30
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
 
     def stepper(self, *settings: str, preset: str = "muon", rows: int = 0, compile: bool = False) -> Any:
         """Return a Stepper on made-up tokens, warmed up; `compile` on CUDA alone."""
@@ -170,22 +186,23 @@ def tests(suite: Suite) -> dict[str, Any]:
 
 def speed(suite: Suite) -> dict[str, Any]:
     """Our step, compiled and as written, beside the simple trainer's architecture and plain PyTorch, in turns."""
-    calls, opened, compiling = {}, {}, {}
+    calls, opened, compiling, peaks = {}, {}, {}, {}
     with closing_all() as steppers:
         for name, compile in (("nanorun", True), ("nanorun, eager", False)):
-            began = time.perf_counter()
+            before, began = suite.held(), time.perf_counter()
             # Eager code holds several copies of the scores.
             rows = f"train.micro_batch_rows={suite.rows if suite.dry else 64 if compile else 16}"
             steppers.append(suite.stepper(rows, compile=compile))
             compiling[name] = time.perf_counter() - began
             opened[name] = steppers[-1]
             calls[name] = stepping(steppers[-1])
-        for name, reference in references(suite).items():
-            began = time.perf_counter()
-            calls[name] = reference
-            with_fitting_rows(reference.model, reference)
+            peaks[name] = suite.peak_gib(calls[name], before)
+        for name in ("simple", "plain PyTorch"):
+            before, began = suite.held(), time.perf_counter()
+            calls[name] = reference_step(suite, name)
+            with_fitting_rows(calls[name].model, calls[name])
             compiling[name] = time.perf_counter() - began
-        peaks = {name: suite.peak_gib(call) for name, call in calls.items()}
+            peaks[name] = suite.peak_gib(calls[name], before)
         seconds = suite.in_turns(calls)
         flops = opened["nanorun"].model.flops_per_token()
         tokens = suite.rows * suite.shape["context_len"]
@@ -220,27 +237,24 @@ class ReferenceStep:
         self.model.train_step(self.idx_BT, self.idx_BT)
 
 
-def references(suite: Suite) -> dict[str, ReferenceStep]:
+def reference_step(suite: Suite, name: str) -> ReferenceStep:
+    """Return the step of the simple trainer, "simple", or of "plain PyTorch"."""
     import torch
     from gpu_references import Plain, PlainMuon, Simple, plain_update
 
     shape = suite.shape
     sizes = (shape["n_layer"], shape["n_head"], shape["n_embd"], shape["context_len"])
-    found = {}
     # The simple trainer fills its vocabulary up to 50,304, GPT-2 has 50,257.
-    for name, kind, vocab_size in (
-        ("simple", Simple, -(-suite.vocab_size // 128) * 128),
-        ("plain PyTorch", Plain, suite.vocab_size),
-    ):
-        model = kind(vocab_size, *sizes).to(suite.device)
-        model.build_optimizers()
-        if not suite.dry and kind is Simple:
-            model.compile(dynamic=False)
-            PlainMuon.update = staticmethod(torch.compile(plain_update, dynamic=False))
-        if kind is Plain:
-            model.micro_batch_rows = 16
-        found[name] = ReferenceStep(suite, model)
-    return found
+    filled = -(-suite.vocab_size // 128) * 128
+    simple = name == "simple"
+    model = (Simple(filled, *sizes) if simple else Plain(suite.vocab_size, *sizes)).to(suite.device)
+    model.build_optimizers()
+    if simple and not suite.dry:
+        model.compile(dynamic=False)
+        PlainMuon.update = staticmethod(torch.compile(plain_update, dynamic=False))
+    if not simple:
+        model.micro_batch_rows = 16
+    return ReferenceStep(suite, model)
 
 
 def with_fitting_rows(model: Any, call: Callable[[], object]) -> None:
@@ -381,12 +395,12 @@ def memory(suite: Suite) -> dict[str, Any]:
     """Time and memory with and without checkpointed activations, of eager code in equal micro-batches."""
     rows = f"train.micro_batch_rows={2 if suite.dry else 16}"
     with closing_all() as steppers:
-        calls = {}
+        calls, peaks = {}, {}
         for kind in ("none", "block"):
-            few = 4 if suite.dry else 64
+            few, before = 4 if suite.dry else 64, suite.held()
             steppers.append(suite.stepper(f"train.checkpoint_activations={kind}", rows, rows=few))
             calls[kind] = stepping(steppers[-1])
-        peaks = {name: suite.peak_gib(call) for name, call in calls.items()}
+            peaks[kind] = suite.peak_gib(calls[kind], before)
         seconds = suite.in_turns(calls)
         return {
             name: {

@@ -40,6 +40,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mistakes import telling_mistakes
+
 from nanorun.config import make_config
 from nanorun.errors import RunFailed, UserError
 from nanorun.tables import flattened, merged, nested, parse_setting, read_toml, to_toml
@@ -116,6 +118,7 @@ def as_settings(point: dict[str, Any], preset: dict[str, Any]) -> list[str]:
     return settings + [f"{stem}={values}" for stem, values in lists.items()]
 
 
+@telling_mistakes("tune")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,11 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=0, help="threads of a trial; 0 leaves the choice to train"
     )
-    arguments = parser.parse_args()
-    try:
-        search(arguments)
-    except UserError as error:
-        sys.exit(f"tune: {error}")
+    search(parser.parse_args())
 
 
 def search(arguments: argparse.Namespace) -> None:

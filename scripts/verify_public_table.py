@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mistakes import telling_mistakes
 
 from nanorun.errors import UserError, printable
 from nanorun.files import write_whole
@@ -182,6 +183,7 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
     yield f"{document['passing']} of {document['rows']} rows pass; failing: {document['failing']}"
 
 
+@telling_mistakes("verify_public_table")
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -189,13 +191,10 @@ def main() -> None:
     parser.add_argument("readme", type=Path, help="the track's README.md, beside its results folder")
     parser.add_argument("--json", type=Path, help="write all of it here")
     asked = parser.parse_args()
-    try:
-        document = check_table(asked.readme)
-        if asked.json:
-            text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-            write_whole(asked.json, text, mend="choose another --json")
-    except UserError as error:
-        sys.exit(f"error: {printable(str(error))}")
+    document = check_table(asked.readme)
+    if asked.json:
+        text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        write_whole(asked.json, text, mend="choose another --json")
     print("\n".join(lines(document)))
 
 

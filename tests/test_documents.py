@@ -43,10 +43,11 @@ def test_attention_in_documents_is_that_under_an_explicit_mask(in_blocks):
     assert (found - F.scaled_dot_product_attention(*qkv, is_causal=True)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_under_the_switch_a_document_s_logits_are_those_it_has_alone(recompute):
+@pytest.mark.parametrize(("recompute", "ngrams"), [("none", []), ("block", []), ("none", [2, 4])])
+def test_under_the_switch_a_document_s_logits_are_those_it_has_alone(recompute, ngrams):
     torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, context_len=24, document_mask=True), VOCAB_SIZE)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_len": 24}
+    model = GPT(ModelConfig(**sizes, ngrams=ngrams, document_mask=True), VOCAB_SIZE)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.document_token, model.checkpoint_activations = TOKEN, recompute

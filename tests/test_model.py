@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanorun.config import resolve
 from nanorun.dropout import kept, row_keys
 from nanorun.model import GPT, SquaredReLU, attention_under_dropout, rotate
+from nanorun.tracks import load_track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,21 @@ def test_flops_per_token_follow_the_stated_formula():
     matrices = 2 * 12 * 32 * 32
     attention = 12 * 2 * 32 * 16
     for config in (GPT2, MODERN):
-        assert GPT(config, VOCAB_SIZE).flops_per_token() == 6 * (matrices + VOCAB_SIZE * 32) + attention
+        model = GPT(config, VOCAB_SIZE)
+        assert model.flops_per_token() == 6 * (matrices + VOCAB_SIZE * 32) + attention
+        assert model.flops_per_token(8) == model.flops_per_token() - attention // 2
+
+
+def test_flops_at_the_mean_length_of_a_schedule_are_the_mean_of_its_steps_flops():
+    config = resolve(load_track("sotu"), "fast")
+    with torch.device("meta"):
+        model = GPT(config.model, VOCAB_SIZE)
+    by_step = [model.flops_per_token(config.length_at(step)) for step in range(config.train.steps)]
+    found = model.flops_per_token(config.mean_length())
+    assert found == pytest.approx(sum(by_step) / len(by_step), abs=1)
+    assert found < model.flops_per_token()
+    assert config.mean_length(2) == config.train.length_schedule[0]
+    assert resolve(load_track("sotu"), "muon").mean_length() == config.model.context_len
 
 
 @BOTH

@@ -42,6 +42,19 @@ def test_an_ngram_is_read_from_its_last_tokens_alone_and_differs_at_a_rows_start
     assert rows_BTN[2, 1, 1] != rows_BTN[2, 3, 1]
 
 
+def test_documents_kept_apart_have_the_rows_that_each_has_alone():
+    tables, begins = filled((2, 3, 6)), 4
+    idx_BT = torch.tensor([[2, 3, 4, 0, 1, 1, 2, 4, 4, 3, 3], [4, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]])
+    found_BTN = tables.rows(idx_BT, begins)
+    ends = ([0, 2, 7, 8, 11], [0, 11])
+    for row, places in enumerate(ends):
+        alone = [tables.rows(idx_BT[row : row + 1, a:b])[0] for a, b in itertools.pairwise(places)]
+        assert torch.equal(found_BTN[row], torch.cat(alone))
+    # Without the switch the first row's n-grams reach over.
+    assert torch.equal(found_BTN[1], tables.rows(idx_BT)[1])
+    assert not torch.equal(found_BTN[0], tables.rows(idx_BT)[0])
+
+
 def test_compiled_code_takes_the_rows_by_one_operation():
     called = []
 

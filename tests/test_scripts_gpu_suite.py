@@ -57,6 +57,59 @@ def test_what_the_budget_has_no_room_for_is_left_out_and_a_failure_costs_its_own
     assert found["good"]["n"] == 1.0
 
 
+@pytest.fixture
+def allocator(monkeypatch):
+    """CUDA's account of its memory as this list of bytes has it: allocated now, and the most so far."""
+    import torch
+
+    bytes_of = [0, 0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: bytes_of[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: bytes_of[1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: bytes_of.__setitem__(1, bytes_of[0]))
+    return bytes_of
+
+
+def test_a_contenders_peak_is_its_own_weights_state_and_step_whatever_the_others_hold(
+    suite, tmp_path, allocator
+):
+    import torch
+
+    made, gib = suite.Suite(True, tmp_path, 100.0), 2**30
+    made.device = torch.device("cuda")
+
+    def contender(weights, state, activations):
+        allocator[0] += weights * gib
+        states = iter([state * gib])
+
+        def step():
+            allocator[0] += next(states, 0)
+            allocator[1] = max(allocator[1], allocator[0] + activations * gib)
+
+        return step
+
+    peaks = []
+    for sizes in ((2, 4, 10), (1, 2, 3)):
+        before = made.held()
+        peaks.append(made.peak_gib(contender(*sizes), before))
+    assert peaks == [16.0, 6.0]
+
+
+def test_each_contender_is_made_and_measured_before_the_next_is_made(suite, tmp_path, monkeypatch):
+    made, told = suite.Suite(True, tmp_path, 100.0), []
+    alive = []
+    build, peak = made.stepper, made.peak_gib
+    monkeypatch.setattr(made, "held", lambda: len(alive))
+    monkeypatch.setattr(
+        made, "stepper", lambda *given, **named: alive.append(build(*given, **named)) or alive[-1]
+    )
+    monkeypatch.setattr(
+        made, "peak_gib", lambda call, before: told.append((before, len(alive))) or peak(call, before)
+    )
+    suite.memory(made)
+    assert told == [(0, 1), (1, 2)]
+
+
 def test_the_references_learn(suite):
     import torch
     from gpu_references import Plain, Simple

@@ -1,18 +1,17 @@
 """The search: points of a space, a shortened track, going on where it stopped, and the preset it writes."""
 
-import importlib.util
 import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+from scripts_loader import script
 
 from nanorun.config import resolve
 from nanorun.tables import read_toml
 from nanorun.tracks import load_track
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "tune.py"
 SPACE = """
 [preset.optim.default]
 name = "adamw"
@@ -76,10 +75,8 @@ def tune(tmp_path, monkeypatch):
     (folder / "track.toml").write_text(TRACK)
     (folder / "search" / "adamw.toml").write_text(SPACE)
     (folder / "search" / "common.toml").write_text("[preset.train]\ngrad_clip = 1.0\n\n[space]\n")
-    spec = importlib.util.spec_from_file_location("tune_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with script("tune") as module:
+        yield module
 
 
 def run(tune, monkeypatch, *words, out="trials.json", trials=4):
@@ -126,7 +123,7 @@ def test_a_search_goes_on_where_it_was_stopped(tune, monkeypatch):
 @pytest.mark.parametrize(
     "words", [("--set", "train.steps=9"), ("--seed", "7"), ("--optim", "adam"), ("held", "lr")]
 )
-def test_trials_of_another_search_are_not_mixed_in(tune, monkeypatch, words):
+def test_trials_of_another_search_are_not_mixed_in(tune, monkeypatch, capsys, words):
     counting(tune, monkeypatch)
     run(tune, monkeypatch, trials=2)
     search = Path("configs/tiny/search/adamw.toml")
@@ -134,8 +131,9 @@ def test_trials_of_another_search_are_not_mixed_in(tune, monkeypatch, words):
     if words[0] == "held":
         search.write_text(search.read_text().replace("lr = 0.01", "lr = 0.02"))
         words = ()
-    with pytest.raises(SystemExit, match="holds trials of another search"):
+    with pytest.raises(SystemExit, match="2"):
         run(tune, monkeypatch, *words, trials=4)
+    assert "holds trials of another search" in capsys.readouterr().err
     assert len(json.loads(Path("trials.json").read_text())["trials"]) == 2
 
 
@@ -172,7 +170,8 @@ def test_a_trial_that_fails_is_kept_and_never_the_best(tune, monkeypatch):
     assert tune.best_trial(document)["final_val_loss"] == 1.0
 
 
-def test_a_search_without_a_single_loss_says_so(tune, monkeypatch):
+def test_a_search_without_a_single_loss_says_so(tune, monkeypatch, capsys):
     monkeypatch.setattr(tune, "run_trial", lambda *words: {"final_val_loss": None})
-    with pytest.raises(SystemExit, match="every trial failed: lower the learning rates"):
+    with pytest.raises(SystemExit, match="2"):
         run(tune, monkeypatch, "--write", "10")
+    assert "every trial failed: lower the learning rates" in capsys.readouterr().err

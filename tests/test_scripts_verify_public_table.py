@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 from runs_samples import log_text, write_log
+from scripts_loader import script
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_public_table.py"
 HEAD = "| # | Steps to 3.28 | Evidence | Description | Date | Log | Contributors |\n" + "| - " * 7 + "|\n"
 
 
 @pytest.fixture
 def checked(tmp_path, monkeypatch, capsys):
     """Return a function that checks a table of these rows: its rows by their numbers, and what was printed."""
-    spec = importlib.util.spec_from_file_location("verify_public_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
 
     def check(*rows: str):
@@ -28,7 +23,8 @@ def checked(tmp_path, monkeypatch, capsys):
             "# Results\n\n" + HEAD + "".join(f"| {row} | by me |\n" for row in rows) + "\n| 9 |\n"
         )
         monkeypatch.setattr(sys, "argv", ["verify_public_table.py", "README.md", "--json", "out.json"])
-        module.main()
+        with script("verify_public_table") as module:
+            module.main()
         document = json.loads(Path("out.json").read_text())
         return {row["row"]: row for row in document["table"]}, capsys.readouterr().out
 
@@ -99,8 +95,9 @@ def test_another_loss_is_taken_only_where_it_alone_has_the_claimed_mean(checked)
         ("1 | many | 3.27 (n=1) | x | y | [log](a.txt)", "row 1 of the table cannot be read"),
     ],
 )
-def test_a_row_that_cannot_be_checked_ends_in_a_sentence(line: str, said: str, checked):
+def test_a_row_that_cannot_be_checked_ends_in_a_sentence(line: str, said: str, checked, capsys):
     Path("../secret.txt").write_text(log_text({100: 3.2}, steps=100))
     write_log(Path("results/a.txt"), 3.27)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match="2"):
         checked(line)
+    assert said in capsys.readouterr().err

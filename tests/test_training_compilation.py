@@ -18,9 +18,10 @@ class FakeStepper:
         self.seconds = {False: eager, True: compiled}
         self.device = torch.device(device)
         self.config = SimpleNamespace(model=SimpleNamespace(n_embd=width))
-        self.compiled, self.n_compiled = False, 0
+        self.compiled, self.n_compiled, self.stepped = False, 0, []
 
     def warm_up(self):
+        self.stepped.append(self.compiled)
         return self.seconds[self.compiled]
 
     def compile(self):
@@ -69,3 +70,16 @@ def test_a_real_run_stays_eager_when_it_is_short_and_says_so(make_stepper, monke
     compiled, line = compile_if_it_pays(make_stepper(), "auto", steps=6)
     assert compiled is False
     assert line.startswith("eager code")
+
+
+def test_a_step_that_was_timed_already_is_not_run_again():
+    timed, untimed = FakeStepper(0.5, 0.4), FakeStepper(0.5, 0.4)
+    told = compile_if_it_pays(timed, "auto", steps=10**6, eager=0.5)[1]
+    assert "a step 0.4 s in place of 0.5 s" in told
+    assert timed.stepped == [True] * 3
+    compile_if_it_pays(untimed, "auto", steps=10**6)
+    assert untimed.stepped == [False] * 3 + [True] * 3
+    for asked in ("off", "auto"):
+        short = FakeStepper(0.5, 0.4)
+        assert compile_if_it_pays(short, asked, steps=2, eager=0.5)[0] is False
+        assert short.stepped == []

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,6 +141,83 @@ def test_a_warm_up_leaves_no_trace(make_stepper, preset, precision):
     assert weights_sha256(warm.model) == before
     assert losses(warm, 4) == losses(cold, 4)
     assert weights_sha256(warm.model) == weights_sha256(cold.model)
+
+
+REHEARSED = {
+    "muon": ["train.grad_clip=1.0"],
+    "soap": ["optim.matrix.name=soap", "optim.matrix.lr=0.003", "optim.matrix.precondition_frequency=2"],
+    "prodigy": ["optim.default.name=prodigy", "optim.default.lr=1.0"],
+    "schedule-free": ["optim.default.name=schedulefree_adamw", "optim.default.lr=0.005"],
+    "sparse tables": [
+        "model.ngrams=[2,3]",
+        "model.ngram_buckets=4096",
+        "optim.table.name=sparse_adam",
+        "optim.table.lr=0.01",
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", REHEARSED.values(), ids=list(REHEARSED))
+def test_warm_ups_rehearsed_together_leave_no_trace(make_stepper, settings):
+    cold, warm = make_stepper(*settings), make_stepper(*settings)
+    before = weights_sha256(warm.model)
+    with warm.rehearsing():
+        for _ in range(5):
+            warm.warm_up()
+        assert weights_sha256(warm.model) != before
+    assert weights_sha256(warm.model) == before
+    assert losses(warm, 4) == losses(cold, 4)
+    assert weights_sha256(warm.model) == weights_sha256(cold.model)
+
+
+def test_only_the_first_warm_up_runs_every_shape_and_new_code_or_smaller_micro_batches_run_them_again(
+    make_stepper, monkeypatch
+):
+    stepper = make_stepper("train.length_schedule=[16, 32, 64]", "train.micro_batch_rows=3")
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    every = [(n_rows * 64 // length, length) for n_rows in (3, 2) for length in (16, 32, 64)]
+    shapes = []
+
+    def met():
+        shapes.clear()
+        stepper.warm_up()
+        return [tuple(shape) for shape in shapes]
+
+    with stepper.working.register_forward_pre_hook(lambda _, pair: shapes.append(pair[0].shape)):
+        with stepper.rehearsing():
+            assert met() == every
+            assert met() == met() == [(6, 32)]
+            stepper.compile()
+            assert met() == every
+            assert met() == [(6, 32)]
+        stepper.forget_compiled()
+        assert met() == every
+        stepper.micro_batch_rows = 2
+        assert met() == [(2 * 64 // length, length) for length in (16, 32, 64)]
+
+
+def test_more_shapes_than_torch_has_graphs_for_are_all_compiled_and_its_limit_stays(
+    make_stepper, monkeypatch
+):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    stepper = make_stepper("train.length_schedule=[4, 8, 16, 32, 64]", "train.micro_batch_rows=3")
+    limit = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        stepper.compile()
+        try:
+            stepper.warm_up()
+            assert len(graphs) == 10 > limit
+            stepper.step(0, 1.0)
+            assert len(graphs) == 10
+        finally:
+            torch._dynamo.reset()
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def no_memory_on_cuda():

@@ -1,9 +1,14 @@
 """The number of threads follows from steps' seconds, the machine's limits and what others take; nothing is timed."""
 
+import itertools
+from contextlib import nullcontext
+from statistics import median
+
 import pytest
 import torch
 
 from nanorun.training import threads
+from nanorun.training.compilation import compile_if_it_pays
 from nanorun.training.distributed import Ranks
 from nanorun.training.threads import Cores, Others, Watcher, fastest, quota, seconds_of_others, settle, told
 
@@ -33,11 +38,11 @@ def timing(seconds):
     ids=["quiet", "tiny steps", "neighbour", "second threads", "no second threads", "one of eight", "many"],
 )
 def test_the_number_with_the_shortest_steps_is_taken(seconds, cores, taken, wanted):
-    assert fastest(timing(seconds)[0], cores, taken) == wanted
+    assert fastest(timing(seconds)[0], cores, taken) == (wanted, seconds[wanted])
 
 
 def test_a_gain_that_may_be_chance_leaves_one_thread_for_each_physical_core():
-    assert fastest(timing({2: 0.100, 1: 0.093})[0], Cores(2, 2)) == 2
+    assert fastest(timing({2: 0.100, 1: 0.093})[0], Cores(2, 2))[0] == 2
 
 
 def test_what_is_clearly_slower_costs_one_step_and_a_long_step_is_tried_with_nothing_else():
@@ -45,8 +50,41 @@ def test_what_is_clearly_slower_costs_one_step_and_a_long_step_is_tried_with_not
     fastest(step_seconds, Cores(2, 2))
     assert asked == [2, 2, 1]
     step_seconds, asked = timing({2: 1.5})
-    assert fastest(step_seconds, Cores(2, 2)) == 2
+    assert fastest(step_seconds, Cores(2, 2)) == (2, 1.5)
     assert asked == [2, 2]
+
+
+def test_beside_a_neighbour_what_it_slows_down_is_stepped_no_more_than_it_takes_to_compare():
+    step_seconds, asked = timing({2: 3.0, 1: 0.1})
+    assert fastest(step_seconds, Cores(2, 2), taken=1) == (1, 0.1)
+    assert asked == [1, 2, 1, 2, 1]
+
+
+def test_two_numbers_take_turns_twice_where_that_settles_it():
+    for one in (0.05, 0.068, 0.08):
+        step_seconds, asked = timing({2: 0.07, 1: one})
+        fastest(step_seconds, Cores(2, 2))
+        assert asked == [2, 2, 1, 2, 1]
+
+
+def test_a_third_reading_is_left_out_only_where_it_could_not_change_what_the_medians_say():
+    values = (0.085, 0.1, 0.12)
+    counts = set()
+    for theirs, mine in itertools.product(itertools.product(values, repeat=3), repeat=2):
+        readings = {2: iter((9.0, *theirs)), 1: iter(mine)}
+        asked = []
+
+        def step_seconds(n, readings=readings, asked=asked):
+            asked.append(n)
+            return next(readings[n])
+
+        found = fastest(step_seconds, Cores(2, 2))[0]
+        if mine[0] > 1.25 * theirs[0]:
+            assert (found, asked) == (2, [2, 2, 1])
+            continue
+        assert found == (1 if median(mine) < 0.9 * median(theirs) else 2)
+        counts.add(len(asked))
+    assert counts == {5, 7}
 
 
 def test_programs_that_compute_are_counted_and_those_that_sleep_are_not():
@@ -105,6 +143,9 @@ class FakeStepper:
     def __init__(self):
         self.asked = []
 
+    def rehearsing(self):
+        return nullcontext()
+
     def warm_up(self):
         self.asked.append(torch.get_num_threads())
         return {1: 0.1, 2: 0.3}[self.asked[-1]]
@@ -124,7 +165,8 @@ def on_two_cores(monkeypatch):
 
 
 def test_a_busy_neighbour_is_told_of_with_the_threads_that_were_chosen_beside_it(on_two_cores):
-    line = settle(FakeStepper(), on_two_cores)
+    line, step_seconds = settle(FakeStepper(), on_two_cores)
+    assert step_seconds == 0.1
     assert torch.get_num_threads() == 1
     assert line.startswith(
         "note: 1 other program takes 1.0 of the 2 cores: training with 1 thread, which is faster"
@@ -136,13 +178,13 @@ def test_what_was_stated_stays_and_nothing_is_tried(on_two_cores, monkeypatch, a
     if not asked:
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     stepper = FakeStepper()
-    line = settle(stepper, on_two_cores, asked)
-    assert (torch.get_num_threads(), stepper.asked) == (2, [])
+    line, step_seconds = settle(stepper, on_two_cores, asked)
+    assert (torch.get_num_threads(), stepper.asked, step_seconds) == (2, [], None)
     assert "1.0 of the 2 cores: training with 2 threads; seconds will not compare" in line
 
 
 def test_a_number_that_was_asked_for_is_not_said_to_be_faster(on_two_cores):
-    line = settle(FakeStepper(), on_two_cores, 1)
+    line = settle(FakeStepper(), on_two_cores, 1).line
     assert torch.get_num_threads() == 1
     assert "faster" not in line
 
@@ -161,3 +203,22 @@ def test_on_a_quiet_machine_only_another_number_than_torchs_is_told():
         told(quiet, four, usual=4, chosen=2) == "training with 2 threads, which is faster here than torch's 4"
     )
     assert told(Others(1.0, 1), four, usual=2, chosen=2) == ""
+
+
+def test_a_start_steps_for_its_threads_and_no_more_for_its_choice_of_code_and_copies_once(
+    make_stepper, monkeypatch
+):
+    for name in threads.STATED_IN:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "usable_cores", lambda: Cores(1, 1))
+    stepper = make_stepper()
+    steps, copies = [], []
+    update, state = stepper.update, stepper.optimizers.own_state_dict
+    monkeypatch.setattr(stepper, "update", lambda *given, **named: steps.append(update(*given, **named)))
+    monkeypatch.setattr(stepper.optimizers, "own_state_dict", lambda: copies.append(state()) or copies[-1])
+    with stepper.rehearsing():
+        settled = settle(stepper, Watcher(dict))
+        compiled, line = compile_if_it_pays(stepper, "auto", steps=6, eager=settled.step_seconds)
+    torch.set_num_threads(before)
+    assert (compiled, line[:10], len(steps), len(copies)) == (False, "eager code", 2, 1)

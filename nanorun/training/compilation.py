@@ -24,20 +24,25 @@ KNOWN_CPU = (Known(128, 21.0, 0.20), Known(256, 21.0, 0.11), Known(float("inf"),
 """Of three or four layers on two CPU cores, whole steps with Muon (docs/performance.md says with what command)."""
 
 
-def compile_if_it_pays(stepper: Stepper, asked: str, *, steps: int) -> tuple[bool, str]:
+def compile_if_it_pays(
+    stepper: Stepper, asked: str, *, steps: int, eager: float | None = None
+) -> tuple[bool, str]:
     """Warm the stepper up, compiled or not; return whether it is compiled and a line that says why, or ''.
 
     `asked` is `on`, `off` or `auto`. Under `auto` a run on a CPU that is too short to win back what compiling costs
     stays eager; any other is compiled in trial, and keeps whichever code is the faster, now that both are there.
-    Where compiling fails, eager code goes on and the line says so.
+    Where compiling fails, eager code goes on and the line says so. `eager` are the seconds of an eager step, of the
+    slowest rank, where the stepper was warmed up and timed already: it runs no further one.
     """
-    # Eager first: a micro-batch that does not fit is found before anything is compiled for its shape.
-    eager = stepper.ranks.slowest(stepper.warm_up())
+    timed = eager is not None
+    if eager is None:
+        # Eager first: a micro-batch that does not fit is found before anything is compiled for its shape.
+        eager = stepper.ranks.slowest(stepper.warm_up())
     if asked == "off":
         return False, ""
     if asked == "auto":
         why_not = _cannot_pay(stepper, eager * steps)
-        if not why_not:
+        if not why_not and not timed:
             # The first step was long by what it made; only a run that is long by it is worth a second look.
             eager = _step_seconds(stepper)
             why_not = _cannot_pay(stepper, eager * steps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +27,9 @@ from nanorun.training.gradients import GradientSum
 
 MICRO_BATCH_TOKENS_CPU = 2048
 """Tokens of one forward pass on a CPU under `micro_batch_rows = 0`; found by scripts/bench_step.py --micro."""
+WARM_UP_SCALE = 1e-3
+"""Of the learning rates in a warm-up: many whole steps on the same tokens could end in what is not finite, and a step
+that is left out takes no time."""
 
 
 class StepResult(NamedTuple):
@@ -81,6 +85,9 @@ class Stepper:
         # No method of this object: a circle would keep the model's memory after the run.
         read = partial(training_rows, tokens, seed=config.seed, context_len=config.model.context_len)
         self.feed = Feed(read, device)
+        self._rehearses = False
+        self._met_rows = 0
+        """The size of micro-batches whose every shape the code at hand has met."""
 
     def _set_sparse(self, wanted: bool) -> None:
         """Have the tables of n-grams make sparse gradients, or not; never where something could not read them.
@@ -205,19 +212,24 @@ class Stepper:
     def compile(self) -> None:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
-        Gathering stays outside what is compiled, and all blocks share one graph. On CUDA so do the optimizers that can.
+        Gathering stays outside what is compiled, and all blocks share one graph, so one code has a graph for each
+        length and size of the micro-batches, and for the two of a validation. On CUDA so do the optimizers that can.
         """
         self.optimizers.compile()
+        self._met_rows = 0
+        n_shapes = len(self.lengths) * len(self._micro_batches()) + 2
         if self.sharded:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
+                block._compiled_call_impl = _with_room(block._compiled_call_impl, n_shapes)
         else:
             self._set_sparse(False)
-            self.forward = torch.compile(self.working, dynamic=False)
+            self.forward = _with_room(torch.compile(self.working, dynamic=False), n_shapes)
 
     def forget_compiled(self) -> None:
         """Have the passes run eager code again."""
         self.optimizers.compile(False)
+        self._met_rows = 0
         self.forward = self.working
         self._set_sparse(True)
         for block in self.model.blocks:
@@ -239,34 +251,53 @@ class Stepper:
         if self.optimizers.evaluates_other_weights:
             self.refresh_working_copy()
 
-    def warm_up(self) -> float:
-        """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Have all warm-ups inside undone at the end, by one copy of weights and state; not where an error ends it.
 
-        Returns the seconds that a step takes by it: what it ran, for as many rows as a step has. A micro-batch
-        that does not fit is halved until it does, here and never later, and the tokens of the step stay.
+        From one to the next the optimizers go on as in a run, so that only the first makes their state.
         """
+        if self._rehearses:
+            yield
+            return
         parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
         weights = [p.detach().clone() for p in parameters]
         blank = copy.deepcopy(self.optimizers.own_state_dict())
-        while (seconds := self._seconds_if_it_fits()) is None:
-            self.optimizers.zero_grad()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if self.sharded and self.micro_batch_rows > 1:
-                raise UserError(
-                    f"{self.micro_batch_rows} rows do not fit the device's memory beside this rank's share of "
-                    "the model: set train.micro_batch_rows smaller"
-                )
-            if self.micro_batch_rows == 1:
-                raise UserError(
-                    "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
-                )
-            self.micro_batch_rows //= 2
+        self._rehearses = True
+        try:
+            yield
+        finally:
+            self._rehearses = False
         with torch.no_grad():
             torch._foreach_copy_(parameters, weights)
         self.optimizers.load_state_dict(blank)
         self.refresh_working_copy()
+
+    def warm_up(self) -> float:
+        """Run one step on made-up tokens, so that buffers, kernels and compiled code exist; undo its effects.
+
+        Returns the seconds that a step takes by it: what it ran, for as many rows as a step has. Under `rehearsing`
+        the first runs a micro-batch of each size and length, and those after it one micro-batch as long as in the
+        middle of the run. A micro-batch that does not fit is halved until it does, here and never later, and the
+        tokens of the step stay.
+        """
+        with self.rehearsing():
+            while (seconds := self._seconds_if_it_fits()) is None:
+                self.optimizers.zero_grad()
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if self.sharded and self.micro_batch_rows > 1:
+                    raise UserError(
+                        f"{self.micro_batch_rows} rows do not fit the device's memory beside this rank's share of "
+                        "the model: set train.micro_batch_rows smaller"
+                    )
+                if self.micro_batch_rows == 1:
+                    raise UserError(
+                        "not one row fits the device's memory: try --checkpoint-activations block, or a smaller model"
+                    )
+                self.micro_batch_rows //= 2
+            self._met_rows = self.micro_batch_rows
         # All ranks take the size that fits the smallest of them.
         self.micro_batch_rows = round(-self.ranks.slowest(-float(self.micro_batch_rows)))
         return seconds
@@ -281,23 +312,28 @@ class Stepper:
             # The error holds on to what the pass had in memory, until here.
             return None
 
+    def _micro_batches(self) -> list[int]:
+        """Return the sizes in rows that a step's micro-batches have, the largest first."""
+        sizes = {min(self.micro_batch_rows, self.rows_of_rank), self.rows_of_rank % self.micro_batch_rows}
+        return sorted(sizes - {0}, reverse=True)
+
     def _dummy_step(self) -> float:
         generator = torch.Generator().manual_seed(0)
-        rows = {min(self.micro_batch_rows, self.rows_of_rank), self.rows_of_rank % self.micro_batch_rows} - {
-            0
-        }
+        sizes, lengths = self._micro_batches(), self.lengths
+        if self._met_rows == self.micro_batch_rows:
+            sizes, lengths = sizes[:1], [self.config.length_at(self.config.train.steps // 2)]
         loss = torch.zeros((), device=self.device)
         began = now(self.device)
-        for n_rows in sorted(rows, reverse=True):
+        for n_rows in sizes:
             shape = (n_rows, self.config.model.context_len)
             idx_BT = torch.randint(self.model.vocab_size, shape, generator=generator)
             pair = self.to_device(idx_BT, idx_BT.clone())
-            for length in self.lengths:
+            for length in lengths:
                 loss = self.backward(*self._cut(length, Span(0, n_rows), pair))
         passed = now(self.device)
         try:
             # Nothing travels: a rank that runs out of memory and tries again would have the others wait.
-            self.update(loss, 1.0, torch.zeros((), device=self.device), send=False)
+            self.update(loss, WARM_UP_SCALE, torch.zeros((), device=self.device), send=False)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             outside = [name for name in self.optimizers.names if ":" in name]
             if not outside or is_out_of_memory(error):
@@ -307,8 +343,23 @@ class Stepper:
                 f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
             ) from error
-        a_row = (passed - began) / (sum(rows) * len(self.lengths))
+        a_row = (passed - began) / (sum(sizes) * len(lengths))
         return a_row * self.rows_of_rank + now(self.device) - passed
+
+
+def _with_room(call: Callable[..., Any], n_shapes: int) -> Callable[..., Any]:
+    """Return compiled code that has a graph for each of so many shapes, beside what torch allows for all else.
+
+    Past torch's limit, 8 graphs of one code, it would run eager code and say nothing to whoever trains.
+    """
+    config = torch._dynamo.config
+    room = config.patch(recompile_limit=config.recompile_limit + n_shapes)
+
+    def roomy(*arguments: Any) -> Any:
+        with room:
+            return call(*arguments)
+
+    return roomy
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ CLEARLY_SLOWER = 1.25
 LONG_STEP_SECONDS = 1.0
 """A step of so long a time gains from every core, and trying fewer would take longer still."""
 READINGS = 3
+"""Of each of two numbers, at most; their medians are compared."""
 BUSY_SHARE = 0.1
 """Share of a core that makes another program one of the busy ones."""
 
@@ -50,6 +51,15 @@ class Others(NamedTuple):
     """So many cores' time."""
     n_busy: int
     """Programs that took a tenth of a core or more."""
+
+
+class Settled(NamedTuple):
+    """What came of settling the number of threads."""
+
+    line: str = ""
+    """What is to be said of it."""
+    step_seconds: float | None = None
+    """Of a step with the number settled on, of the slowest rank; None where none was tried."""
 
 
 class Watcher:
@@ -123,42 +133,53 @@ def _limit(group: Path) -> float:
     return math.inf
 
 
-def fastest(step_seconds: Callable[[int], float], cores: Cores, taken: int = 0) -> int:
-    """Return the number of threads whose steps are shortest: one for each physical core unless another is clearly so.
+def fastest(step_seconds: Callable[[int], float], cores: Cores, taken: int = 0) -> tuple[int, float]:
+    """Return the number of threads whose steps are shortest, and the seconds of the best of those steps.
 
-    `step_seconds` times one step with a number of threads. Tried are one thread for each logical core, the cores that
-    `taken` others leave, and halves for as long as they are no slower.
+    It is one thread for each physical core unless another number is clearly better. `step_seconds` times one step
+    with a number of threads. Tried are one thread for each logical core, the cores that `taken` others leave, and
+    halves for as long as they are no slower.
     """
     usual = cores.physical
-    step_seconds(usual)  # the first one makes buffers and threads
-    first = step_seconds(usual)
-    if first > LONG_STEP_SECONDS and not taken:
-        return usual
-    best, seconds = usual, [first]
+    # The first one makes buffers. On cores that others compute on it would take many times as long.
+    step_seconds(usual - taken if 0 < taken < usual else usual)
+    best, seconds = usual, [step_seconds(usual)]
+    if seconds[0] > LONG_STEP_SECONDS and not taken:
+        return usual, seconds[0]
     others = [n for n in dict.fromkeys((cores.logical, usual - taken)) if 0 < n != usual]
     halves = [usual >> k for k in range(1, usual.bit_length())]
     for n in dict.fromkeys([*others, *halves]):
-        if step_seconds(n) > CLEARLY_SLOWER * median_high(seconds):
+        mine, theirs = [step_seconds(n)], seconds[-1:]
+        if mine[0] > CLEARLY_SLOWER * median_high(seconds):
             if n in others:
                 continue
             break
-        mine, theirs = [], []
-        for _ in range(READINGS):
+        while len(mine) < READINGS and not _decided(mine, theirs):
             theirs.append(step_seconds(best))
             mine.append(step_seconds(n))
         if median_high(mine) < (1 - LEAST_GAIN) * median_high(theirs):
             best, seconds = n, mine
-    return best
+        else:
+            seconds = theirs
+    return best, min(seconds)
 
 
-def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> str:
-    """Set the number of threads that a new run computes with, the same on all ranks; return lines that tell of it.
+def _decided(mine: list[float], theirs: list[float]) -> bool:
+    """Whether a third reading of each could not change what their medians say: it is never beyond the first two."""
+    if len(mine) < READINGS - 1:
+        return False
+    clear = max(mine) < (1 - LEAST_GAIN) * min(theirs)
+    return clear or min(mine) >= (1 - LEAST_GAIN) * max(theirs)
+
+
+def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> Settled:
+    """Set the number of threads that a new run computes with, the same on all ranks; return what came of it.
 
     `asked` is taken as it is; without it (0) what the environment states stays. Beside other programs that want the
-    same cores the lines warn of them.
+    same cores the line warns of them.
     """
     ranks, usual, others = stepper.ranks, torch.get_num_threads(), watcher.others()
-    cores = Cores(*(round(-ranks.slowest(-float(n))) for n in usable_cores()))
+    cores, seconds = Cores(*(round(-ranks.slowest(-float(n))) for n in usable_cores())), None
     if asked:
         torch.set_num_threads(asked)
         usual = asked
@@ -169,8 +190,10 @@ def settle(stepper: Stepper, watcher: Watcher, asked: int = 0) -> str:
             torch.set_num_threads(n)
             return ranks.slowest(stepper.warm_up())
 
-        torch.set_num_threads(fastest(step_seconds, cores, taken=round(ranks.slowest(others.cores))))
-    return told(others, cores, usual=usual, chosen=torch.get_num_threads())
+        with stepper.rehearsing():
+            chosen, seconds = fastest(step_seconds, cores, taken=round(ranks.slowest(others.cores)))
+        torch.set_num_threads(chosen)
+    return Settled(told(others, cores, usual=usual, chosen=torch.get_num_threads()), seconds)
 
 
 def told(others: Others, cores: Cores, *, usual: int, chosen: int) -> str:

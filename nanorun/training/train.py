@@ -120,9 +120,14 @@ def _carry_out(
             with run.clock.paused("setup"):
                 asked = choose_as_before(run, saved) if saved else choose(run)
             with run.clock.paused("compile"):
-                if run.device.type == "cpu" and not saved:
-                    say(run.console, threads.settle(run.stepper, watcher, run.options.threads))
-                run.compiled, line = compile_if_it_pays(run.stepper, asked, steps=run.config.train.steps)
+                with run.stepper.rehearsing():
+                    settled = threads.Settled()
+                    if run.device.type == "cpu" and not saved:
+                        settled = threads.settle(run.stepper, watcher, run.options.threads)
+                    say(run.console, settled.line)
+                    run.compiled, line = compile_if_it_pays(
+                        run.stepper, asked, steps=run.config.train.steps, eager=settled.step_seconds
+                    )
                 say(run.console, line)
                 say(run.console, run.stepper.halved)
                 machine.forget_peak_memory(run.device)
