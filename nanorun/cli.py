@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nanorun.errors import RankLost, RunFailed, Stopped, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, StoppedEarly, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -230,8 +232,6 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
-    from nanorun.training.run import resume_run, train_seeds
-
     console = _console(as_json)
     places: dict[str, Any] = {
         "runs": runs,
@@ -254,15 +254,49 @@ def train(
     options = {**places, **behaviour}
     changes = _changes(settings, compile, checkpoint_activations, mix)
     try:
-        if resume is not None:
-            anew = _given_anew(context, options)
-            results = [resume_run(resume, console, anew, trust_code=trust_code)]
-        else:
-            results = train_seeds(track, optim, changes, seed, seeds, options, console, trust_code=trust_code)
+        with _listening_early():
+            from nanorun.training.run import resume_run, train_seeds
+
+            if resume is not None:
+                anew = _given_anew(context, options)
+                results = [resume_run(resume, console, anew, trust_code=trust_code)]
+            else:
+                results = train_seeds(
+                    track, optim, changes, seed, seeds, options, console, trust_code=trust_code
+                )
     except RunFailed as error:
         _print_json(error.result, as_json and error.result is not None)
         raise
     _print_json(results[0] if seeds == 1 else {"runs": results}, as_json)
+
+
+@contextmanager
+def _listening_early() -> Iterator[None]:
+    """Stop in a sentence at a signal that comes before a run listens: it imports, prepares data or sets up.
+
+    A signal that is ignored stays so: a job that sends it again means the one that comes later. Ranks are left to
+    torchrun, which ends them by SIGTERM when another one has failed and told of it.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedEarly(signal.Signals(number).name)
+
+    before = {}
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        # Ctrl-C is heard already. Not in the main thread: whoever started this handles the signals.
+        with suppress(ValueError):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except StoppedEarly as early:
+        raise Stopped(
+            f"stopped by {early} before the first step: nothing is lost, and the same command starts the run"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 MAY_CHANGE_ON_RESUME = {

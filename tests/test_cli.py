@@ -366,3 +366,26 @@ def test_the_exit_code_of_the_rank_that_ends_last_is_told_whole(tmp_path, monkey
     for code in (75, 1):
         cli._tell_code(code)
         assert told.read_text() == str(code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_in_a_sentence_and_exit_code_75(nanorun, monkeypatch, number):
+    monkeypatch.setattr("nanorun.training.train.set_up", lambda *words: signal.raise_signal(number))
+    code, _, err = nanorun(*SPRINT)
+    assert code == 75
+    assert f"nanorun: stopped by {number.name} before the first step: nothing is lost" in err
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_signal_that_a_job_has_ignored_until_a_run_listens_stays_ignored(nanorun, monkeypatch):
+    def seeds(*words, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return [{"trained": True}]
+
+    monkeypatch.setattr("nanorun.training.run.train_seeds", seeds)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert nanorun(*SPRINT)[0] == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)

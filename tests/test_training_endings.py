@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 from nanorun.data.prepare import prepare
-from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.errors import RunFailed, Stopped, StoppedEarly, UserError
 from nanorun.files import write_whole
 from nanorun.records.record import read_records
 from nanorun.training import checkpoint, machine, recording
+from nanorun.training import train as train_module
 from nanorun.training.progress import MetricsFile
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.step import Stepper
@@ -594,6 +595,22 @@ def test_a_signal_that_comes_while_a_seed_is_finished_stops_before_the_next_one(
         train(seed=3, n_seeds=3)
     assert (only_run() / "result.json").exists()
     assert train(seed=5)["steps"] == 6
+
+
+def test_a_signal_that_comes_between_seeds_names_those_left(train, monkeypatch):
+    real, left = train_module.set_up, [None, StoppedEarly("SIGTERM")]
+
+    def set_up(*words):
+        if error := left.pop(0):
+            raise error
+        return real(*words)
+
+    monkeypatch.setattr(train_module, "set_up", set_up)
+    with pytest.raises(
+        Stopped, match=r"stopped by SIGTERM after 1 of 3 seeds; go on with --seed 4 --seeds 2$"
+    ):
+        train(seed=3, n_seeds=3)
+    assert (only_run() / "result.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])

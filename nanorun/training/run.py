@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig, make_config, resolve, resolve_values
-from nanorun.errors import Stopped, UserError
+from nanorun.errors import Stopped, StoppedEarly, UserError
 from nanorun.optim.build import ROLE_NAMES, find_algorithm
 from nanorun.records.record import RecordError, load_json
 from nanorun.tables import read_toml
@@ -90,6 +90,14 @@ def train_seeds(
             else ""
         )
         raise Stopped(f"{stopped}{more}") from None
+    except StoppedEarly as early:
+        if not results:
+            raise
+        done = len(results)
+        raise Stopped(
+            f"stopped by {early} after {done} of {len(configs)} seeds; go on with --seed {configs[done].seed} "
+            f"--seeds {len(configs) - done}"
+        ) from None
 
 
 def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
