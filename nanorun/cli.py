@@ -232,6 +232,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
+    _forget_told_code()
     console = _console(as_json)
     places: dict[str, Any] = {
         "runs": runs,
@@ -871,6 +872,14 @@ def _tell_code(code: int) -> None:
         told.truncate()  # another rank may have written one before
         told.write(str(code))
         told.truncate()  # another rank may have written a longer one
+
+
+def _forget_told_code() -> None:
+    """Empty the file that a job named: what another program told, or ranks that torchrun started before, is over."""
+    # One rank does so, as it starts: no other can have failed by then, importing takes it longer.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError), open(os.environ.get("NANORUN_EXIT_CODE", ""), "r+") as told:
+            told.truncate()
 
 
 def _hand_over(text: str, out: Path | None) -> None:

@@ -389,3 +389,21 @@ def test_a_signal_that_a_job_has_ignored_until_a_run_listens_stays_ignored(nanor
         assert nanorun(*SPRINT)[0] == 0
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_exit_code_told_before_a_run_began_is_not_taken_for_its_own(nanorun, monkeypatch, tmp_path):
+    told = tmp_path / "told"
+    told.write_text("1")
+    monkeypatch.setenv("NANORUN_EXIT_CODE", str(told))
+    # What a run that is killed would leave.
+    seen = []
+    monkeypatch.setattr(
+        "nanorun.training.run.train_seeds",
+        lambda *words, **options: [{"told": seen.append(told.read_text())}],
+    )
+    assert nanorun(*SPRINT)[0] == 0
+    assert seen == [""]
+    told.write_text("1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # may be late, and another rank have failed
+    assert nanorun(*SPRINT)[0] == 0
+    assert told.read_text() == "1"

@@ -702,7 +702,10 @@ def test_trusted_code_runs_from_a_checkout_with_its_patch_and_its_optimizer(
     folder = make_record("optim.default.lr=0.01", optim="mine.py:Sign")
     monkeypatch.setattr(machine, "code_identity", lambda: (CLEAN, None))
     Path("mine.py").unlink()
+    Path("told").write_text("kept")
+    monkeypatch.setenv("NANORUN_EXIT_CODE", str(Path("told").resolve()))
     result, said = again(folder, trust_code=True)
+    assert Path("told").read_text() == "kept"
     assert "+class Sign(torch.optim.Optimizer):" in said
     assert result["agreement"]["same_final_weights"]
     assert result["verdict"] == "agrees"
