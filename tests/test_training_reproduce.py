@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -465,6 +466,18 @@ def test_a_patch_that_is_missing_or_no_text_is_refused(make_record, again, make)
     folder = edited(make_record(), code={"dirty": True, "patch": "source.patch"})
     make(folder / "source.patch")
     with pytest.raises(UserError, match=r"source\.patch"):
+        again(folder, trust_code=True)
+
+
+def test_a_patch_that_another_run_left_is_refused_with_both_hashes(make_record, again, monkeypatch):
+    code = {**CLEAN, "dirty": True, "patch": "source.patch"}
+    monkeypatch.setattr(machine, "code_identity", lambda: (code, PATCH))
+    folder = make_record()
+    digest = hashlib.sha256(PATCH.encode()).hexdigest()
+    assert read_record(folder).code.patch_sha256 == digest
+    assert again(folder)[0]["agreement"]["same_final_weights"]
+    (folder / "source.patch").write_text(PATCH + "+x = 1\n")
+    with pytest.raises(UserError, match=rf"source\.patch is not the patch .* the record says {digest[:12]}"):
         again(folder, trust_code=True)
 
 
