@@ -696,6 +696,29 @@ def test_a_named_run_that_cannot_begin_again_keeps_what_is_there(train, monkeypa
     assert (Path("runs/mine/bad-step-00000002") / "manifest.json").is_file()
 
 
+def test_a_run_begun_before_a_key_of_the_config_was_there_is_taken_up_with_its_default(train, stop_in_step):
+    stop_in_step(4)
+    with pytest.raises(Stopped):
+        train(**NAMED)
+    path = Path("runs/mine/config.toml")
+    later = ("ngram", "attention_dropout", "document_mask", "length_schedule", "fp8_head", "shard", "cycles")
+    lines = path.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(later)]
+    assert len(lines) - len(older) >= len(later)
+    path.write_text("".join(older))
+    saved = checkpoint.checkpoints(Path("runs/mine/checkpoints"))[0] / "manifest.json"
+    manifest = json.loads(saved.read_text())
+    text = checkpoint.manifest_text(
+        checkpoint.identity(Path("runs/mine")), manifest["step"], manifest["files"]
+    )
+    saved.write_text(text)
+    with pytest.raises(
+        UserError, match=r"is another run: model\.attention_dropout = True there, and False is"
+    ):
+        train("model.attention_dropout=false", **NAMED)
+    assert train(**NAMED)["final_weights_sha256"] == train()["final_weights_sha256"]
+
+
 def test_a_named_folder_that_holds_anything_but_a_run_is_refused_and_stays(train):
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/notes.txt").write_text("mine")
