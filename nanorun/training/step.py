@@ -307,8 +307,10 @@ class Stepper:
                 f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
             ) from error
+        ended = now(self.device)
+        self.ranks.warmed_up(ended - began)
         a_row = (passed - began) / (sum(rows) * len(self.lengths))
-        return a_row * self.rows_of_rank + now(self.device) - passed
+        return a_row * self.rows_of_rank + ended - passed
 
 
 def is_out_of_memory(error: BaseException) -> bool:
