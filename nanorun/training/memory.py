@@ -78,6 +78,7 @@ class Foreseen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
+        out: Any
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _as_read_by_the_host(args[0])
         if func is _aten._embedding_bag_backward.default:

@@ -77,8 +77,8 @@ def train_seeds(
             for config in configs:
                 several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
                 mine = {**options, "run": f"{options['run']}{several}"} if several else options
-                more = len(results) + 1 < len(configs)
-                results.append(train(config, track, Options(**mine), console, more_follow=more))
+                more_follow = len(results) + 1 < len(configs)
+                results.append(train(config, track, Options(**mine), console, more_follow=more_follow))
                 # All seeds compute alike, or their seconds would be those of several machines.
                 options = {**options, "threads": torch.get_num_threads()}
         return results
@@ -173,8 +173,8 @@ def _checked_options(content: object) -> Options:
     """Return options out of their JSON, each of its own type. Raises RecordError."""
     if not isinstance(content, dict):
         raise RecordError("is no object")
-    values = {}
-    defaults = {field.name: field.default for field in fields(Options)}
+    values: dict[str, Any] = {}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Options)}
     for name, value in content.items():
         if name not in defaults:
             raise RecordError(

@@ -285,7 +285,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_seconds(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e12  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and 0 <= value < 1e12
 
 
 def _refuse_constant(name: str) -> float:

@@ -245,7 +245,9 @@ class Stepper:
         Returns the seconds that a step takes by it: what it ran, for as many rows as a step has. A micro-batch
         that does not fit is halved until it does, here and never later, and the tokens of the step stay.
         """
-        parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
+        parameters: list[torch.Tensor] = list(self.model.parameters())
+        if self.sharded:
+            parameters = self.optimizers.parameters()
         weights = [p.detach().clone() for p in parameters]
         blank = copy.deepcopy(self.optimizers.own_state_dict())
         while (seconds := self._seconds_if_it_fits()) is None:
