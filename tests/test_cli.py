@@ -368,6 +368,23 @@ def test_the_exit_code_of_the_rank_that_ends_last_is_told_whole(tmp_path, monkey
         assert told.read_text() == str(code)
 
 
+@pytest.mark.parametrize("words", [["--input", "a.txt", "b.txt", "c.txt"], ["a.txt", "b.txt", "c.txt"]])
+def test_files_that_a_shell_made_of_a_glob_are_all_read(nanorun, words):
+    for name in ("a", "b", "c"):
+        Path(f"{name}.txt").write_text(f"document {name} " * 9)
+    code, out, err = nanorun("prepare-data", "text", *words, "--dry-run", "--json")
+    assert code == 0, err
+    assert [file["name"] for file in json.loads(out)["files"]] == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_a_path_beside_what_reads_none_is_refused(nanorun):
+    for words in (["sotu", "a.txt"], ["text", "a.txt", "--check", "data"]):
+        code, _, err = nanorun("prepare-data", *words)
+        assert code == 2
+        assert "a.txt" in err
+        assert "leave it out" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_the_first_step_ends_in_a_sentence_and_exit_code_75(nanorun, monkeypatch, number):
     monkeypatch.setattr("nanorun.training.train.set_up", lambda *words: signal.raise_signal(number))
