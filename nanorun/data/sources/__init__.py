@@ -54,6 +54,8 @@ class InputFile(NamedTuple):
     """About how many bytes of text a byte of it holds; 1.0 for plain text."""
     version: str
     """Changes when the content does: a modification time in ns, an ETag, a sha256."""
+    tokens: int | None = None
+    """How many it holds, where it holds tokens and that was looked at."""
 
 
 class Step(NamedTuple):
