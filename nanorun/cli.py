@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nanorun.errors import RankLost, RunFailed, Stopped, UserError
+from nanorun.errors import RankLost, RunFailed, Stopped, StoppedEarly, UserError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +57,10 @@ def prepare_data(
             "shards; hub:OWNER/NAME for a text dataset on the hub; shards for tokens that other programs made."
         ),
     ] = "sotu",
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="More of --input, so that a glob need not be quoted."),
+    ] = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -115,6 +121,10 @@ def prepare_data(
 ) -> None:
     """Turn a corpus into token shards that train reads. Interrupted, the same command goes on where it was."""
     if check is not None:
+        if paths:
+            raise UserError(
+                f"--check looks at one folder, and {shown(paths[0])} is named beside it: leave it out"
+            )
         from nanorun.data.check import check_and_show
 
         found = check_and_show(check, _console(as_json))
@@ -129,7 +139,7 @@ def prepare_data(
         out=out,
         root=data,
         tokenizer=tokenizer,
-        inputs=inputs or [],
+        inputs=[*(inputs or []), *(paths or [])],
         workers=workers,
         keep_duplicates=keep_duplicates,
         train_bpe=train_bpe,
@@ -230,8 +240,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train to the target validation loss and write a record."""
-    from nanorun.training.run import resume_run, train_seeds
-
+    _forget_told_code()
     console = _console(as_json)
     places: dict[str, Any] = {
         "runs": runs,
@@ -254,15 +263,49 @@ def train(
     options = {**places, **behaviour}
     changes = _changes(settings, compile, checkpoint_activations, mix)
     try:
-        if resume is not None:
-            anew = _given_anew(context, options)
-            results = [resume_run(resume, console, anew, trust_code=trust_code)]
-        else:
-            results = train_seeds(track, optim, changes, seed, seeds, options, console, trust_code=trust_code)
+        with _listening_early():
+            from nanorun.training.run import resume_run, train_seeds
+
+            if resume is not None:
+                anew = _given_anew(context, options)
+                results = [resume_run(resume, console, anew, trust_code=trust_code)]
+            else:
+                results = train_seeds(
+                    track, optim, changes, seed, seeds, options, console, trust_code=trust_code
+                )
     except RunFailed as error:
         _print_json(error.result, as_json and error.result is not None)
         raise
     _print_json(results[0] if seeds == 1 else {"runs": results}, as_json)
+
+
+@contextmanager
+def _listening_early() -> Iterator[None]:
+    """Stop in a sentence at a signal that comes before a run listens: it imports, prepares data or sets up.
+
+    A signal that is ignored stays so: a job that sends it again means the one that comes later. Ranks are left to
+    torchrun, which ends them by SIGTERM when another one has failed and told of it.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise StoppedEarly(signal.Signals(number).name)
+
+    before = {}
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        # Ctrl-C is heard already. Not in the main thread: whoever started this handles the signals.
+        with suppress(ValueError):
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except StoppedEarly as early:
+        raise Stopped(
+            f"stopped by {early} before the first step: nothing is lost, and the same command starts the run"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 MAY_CHANGE_ON_RESUME = {
@@ -837,6 +880,14 @@ def _tell_code(code: int) -> None:
         told.truncate()  # another rank may have written one before
         told.write(str(code))
         told.truncate()  # another rank may have written a longer one
+
+
+def _forget_told_code() -> None:
+    """Empty the file that a job named: what another program told, or ranks that torchrun started before, is over."""
+    # One rank does so, as it starts: no other can have failed by then, importing takes it longer.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError), open(os.environ.get("NANORUN_EXIT_CODE", ""), "r+") as told:
+            told.truncate()
 
 
 def _hand_over(text: str, out: Path | None) -> None:

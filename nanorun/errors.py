@@ -27,6 +27,10 @@ class Stopped(Exception):
     """A run that was asked to stop and saved a checkpoint; the text says how to resume. Exit code 75."""
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """A signal that asks a run to stop came where none takes steps yet; the text names it. Exit code 75."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `known`, or an empty string."""
     import difflib

@@ -3,7 +3,8 @@
 Every preset of the optimizer track, on a tiny model, with accumulation, dropout, averages and a mix of corpora in turn;
 a checkpoint is saved every few steps, so that many kills come while one is written. A killed run is a process that
 got SIGKILL; it is taken up by the same command, `nanorun train --run NAME …`. In the end these have to be the same, to
-the bit: weights, optimizers' state, every row of the metrics and the record, but for seconds and what they name.
+the bit: weights, optimizers' state, every row of the metrics and the record, but for seconds and what they name; and
+each run has one record.
 
     python scripts/kill_runs.py --kills 100 --out records/benchmarks/kills.json
 
@@ -210,6 +211,7 @@ def run_to_the_end(words: Sequence[str], log: Path) -> None:
 def kill_and_compare(case: Case, number: int, kills: int, chance: random.Random, log: Path) -> Outcome:
     """Return what `kills` kills of a case came to."""
     whole, killed = f"whole-{number}", f"killed-{number}"
+    before = records()
     began = time.monotonic()
     run_to_the_end(case.words(whole), log)
     seconds = time.monotonic() - began
@@ -218,7 +220,7 @@ def kill_and_compare(case: Case, number: int, kills: int, chance: random.Random,
         code = wait(start(case.words(killed), log), chance.uniform(0.0, 1.1) * seconds)
         if code == 0:
             # It ended before its moment came: what is left of the kills goes to a run from the beginning.
-            if differs := differences(Path("runs") / whole, Path("runs") / killed):
+            if differs := with_records(whole, killed, before):
                 return Outcome(case.name, done, while_saving, differs, seconds, lost(killed))
             forget(Path("runs") / killed)
         elif code is not None:
@@ -227,7 +229,7 @@ def kill_and_compare(case: Case, number: int, kills: int, chance: random.Random,
             done += 1
             while_saving += any(Path("runs", killed, "checkpoints").glob(".step-*"))
     run_to_the_end(case.words(killed), log)
-    differs = differences(Path("runs") / whole, Path("runs") / killed)
+    differs = with_records(whole, killed, before)
     return Outcome(case.name, done, while_saving, differs, seconds, lost(killed))
 
 
@@ -241,8 +243,23 @@ def lost(run: str) -> float:
     return float(result["clock"].get("lost_seconds", 0.0))
 
 
+def records() -> set[Path]:
+    """Return the folders of all records; what a kill left half written beside them is none."""
+    return {path.parent for path in Path("records").glob("*/[!.]*/record.json")}
+
+
+def with_records(whole: str, killed: str, before: set[Path]) -> list[str]:
+    """Return what differs between two finished runs that should be the same, their records' number included.
+
+    `before` are the records that were there before them.
+    """
+    runs = [Path("runs") / name for name in (whole, killed)]
+    n_new = len(records() - before)
+    return [*differences(*runs), *([] if n_new == 2 else [f"{n_new} records of 2 runs"])]
+
+
 def differences(one: Path, other: Path) -> list[str]:
-    """Return what differs between two finished runs that should be the same."""
+    """Return what differs between what two finished runs left."""
     found = []
     results = [json.loads((run / "result.json").read_text()) for run in (one, other)]
     found += [

@@ -366,3 +366,61 @@ def test_the_exit_code_of_the_rank_that_ends_last_is_told_whole(tmp_path, monkey
     for code in (75, 1):
         cli._tell_code(code)
         assert told.read_text() == str(code)
+
+
+@pytest.mark.parametrize("words", [["--input", "a.txt", "b.txt", "c.txt"], ["a.txt", "b.txt", "c.txt"]])
+def test_files_that_a_shell_made_of_a_glob_are_all_read(nanorun, words):
+    for name in ("a", "b", "c"):
+        Path(f"{name}.txt").write_text(f"document {name} " * 9)
+    code, out, err = nanorun("prepare-data", "text", *words, "--dry-run", "--json")
+    assert code == 0, err
+    assert [file["name"] for file in json.loads(out)["files"]] == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_a_path_beside_what_reads_none_is_refused(nanorun):
+    for words in (["sotu", "a.txt"], ["text", "a.txt", "--check", "data"]):
+        code, _, err = nanorun("prepare-data", *words)
+        assert code == 2
+        assert "a.txt" in err
+        assert "leave it out" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_in_a_sentence_and_exit_code_75(nanorun, monkeypatch, number):
+    monkeypatch.setattr("nanorun.training.train.set_up", lambda *words: signal.raise_signal(number))
+    code, _, err = nanorun(*SPRINT)
+    assert code == 75
+    assert f"nanorun: stopped by {number.name} before the first step: nothing is lost" in err
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_signal_that_a_job_has_ignored_until_a_run_listens_stays_ignored(nanorun, monkeypatch):
+    def seeds(*words, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return [{"trained": True}]
+
+    monkeypatch.setattr("nanorun.training.run.train_seeds", seeds)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert nanorun(*SPRINT)[0] == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_exit_code_told_before_a_run_began_is_not_taken_for_its_own(nanorun, monkeypatch, tmp_path):
+    told = tmp_path / "told"
+    told.write_text("1")
+    monkeypatch.setenv("NANORUN_EXIT_CODE", str(told))
+    # What a run that is killed would leave.
+    seen = []
+    monkeypatch.setattr(
+        "nanorun.training.run.train_seeds",
+        lambda *words, **options: [{"told": seen.append(told.read_text())}],
+    )
+    assert nanorun(*SPRINT)[0] == 0
+    assert seen == [""]
+    told.write_text("1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # may be late, and another rank have failed
+    assert nanorun(*SPRINT)[0] == 0
+    assert told.read_text() == "1"

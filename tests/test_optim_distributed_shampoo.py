@@ -185,7 +185,7 @@ def test_tiles_cover_every_number_once(shape, block_size):
     for tile in tiles_of(shape, 1, block_size):
         view = tile.view(seen)
         assert view[0, 0, 0].shape == tile.shape
-        assert view.shape[:3].numel() == tile.count
+        assert view.shape[:3].numel() == tile.n_blocks
         view += 1
     assert torch.equal(seen, torch.ones(shape))
 

@@ -110,3 +110,20 @@ def test_runs_that_differ_in_seconds_alone_are_the_same(kill_runs, tmp_path):
 def test_what_differs_between_runs_is_named(kill_runs, tmp_path, change, named):
     one, other = make_run(tmp_path / "1", kill_runs), make_run(tmp_path / "2", kill_runs, **change)
     assert kill_runs.differences(one, other) == named
+
+
+@pytest.mark.parametrize(("others", "said"), [([], []), (["twice"], ["3 records of 2 runs"])])
+def test_a_second_record_of_a_killed_run_is_told(kill_runs, tmp_path, monkeypatch, others, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kill_runs, "differences", lambda *runs: [])
+
+    def leave(*names):
+        for name in names:
+            folder = Path("records/kills", name)
+            folder.mkdir(parents=True)
+            (folder / "record.json").touch()
+
+    leave("earlier")
+    before = kill_runs.records()
+    leave("whole", "killed", ".writing-killed-7", *others)
+    assert kill_runs.with_records("whole-0", "killed-0", before) == said

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 from nanorun.data.prepare import prepare
-from nanorun.errors import RunFailed, Stopped, UserError
+from nanorun.errors import RunFailed, Stopped, StoppedEarly, UserError
 from nanorun.files import write_whole
 from nanorun.records.record import read_records
 from nanorun.training import checkpoint, machine, recording
+from nanorun.training import train as train_module
 from nanorun.training.progress import MetricsFile
 from nanorun.training.run import resume_run, train_seeds
 from nanorun.training.step import Stepper
@@ -596,6 +597,22 @@ def test_a_signal_that_comes_while_a_seed_is_finished_stops_before_the_next_one(
     assert train(seed=5)["steps"] == 6
 
 
+def test_a_signal_that_comes_between_seeds_names_those_left(train, monkeypatch):
+    real, left = train_module.set_up, [None, StoppedEarly("SIGTERM")]
+
+    def set_up(*words):
+        if error := left.pop(0):
+            raise error
+        return real(*words)
+
+    monkeypatch.setattr(train_module, "set_up", set_up)
+    with pytest.raises(
+        Stopped, match=r"stopped by SIGTERM after 1 of 3 seeds; go on with --seed 4 --seeds 2$"
+    ):
+        train(seed=3, n_seeds=3)
+    assert (only_run() / "result.json").exists()
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
 def test_a_name_that_is_no_folder_right_under_runs_is_refused(train, name):
     with pytest.raises(UserError, match="wanted the name of one folder"):
@@ -677,6 +694,29 @@ def test_a_named_run_that_cannot_begin_again_keeps_what_is_there(train, monkeypa
     with pytest.raises(UserError, match="wandb cannot start"):
         train(wandb="online", **NAMED)
     assert (Path("runs/mine/bad-step-00000002") / "manifest.json").is_file()
+
+
+def test_a_run_begun_before_a_key_of_the_config_was_there_is_taken_up_with_its_default(train, stop_in_step):
+    stop_in_step(4)
+    with pytest.raises(Stopped):
+        train(**NAMED)
+    path = Path("runs/mine/config.toml")
+    later = ("ngram", "attention_dropout", "document_mask", "length_schedule", "fp8_head", "shard", "cycles")
+    lines = path.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(later)]
+    assert len(lines) - len(older) >= len(later)
+    path.write_text("".join(older))
+    saved = checkpoint.checkpoints(Path("runs/mine/checkpoints"))[0] / "manifest.json"
+    manifest = json.loads(saved.read_text())
+    text = checkpoint.manifest_text(
+        checkpoint.identity(Path("runs/mine")), manifest["step"], manifest["files"]
+    )
+    saved.write_text(text)
+    with pytest.raises(
+        UserError, match=r"is another run: model\.attention_dropout = True there, and False is"
+    ):
+        train("model.attention_dropout=false", **NAMED)
+    assert train(**NAMED)["final_weights_sha256"] == train()["final_weights_sha256"]
 
 
 def test_a_named_folder_that_holds_anything_but_a_run_is_refused_and_stays(train):

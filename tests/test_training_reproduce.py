@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import io
 import json
 import os
@@ -468,6 +469,18 @@ def test_a_patch_that_is_missing_or_no_text_is_refused(make_record, again, make)
         again(folder, trust_code=True)
 
 
+def test_a_patch_that_another_run_left_is_refused_with_both_hashes(make_record, again, monkeypatch):
+    code = {**CLEAN, "dirty": True, "patch": "source.patch"}
+    monkeypatch.setattr(machine, "code_identity", lambda: (code, PATCH))
+    folder = make_record()
+    digest = hashlib.sha256(PATCH.encode()).hexdigest()
+    assert read_record(folder).code.patch_sha256 == digest
+    assert again(folder)[0]["agreement"]["same_final_weights"]
+    (folder / "source.patch").write_text(PATCH + "+x = 1\n")
+    with pytest.raises(UserError, match=rf"source\.patch is not the patch .* the record says {digest[:12]}"):
+        again(folder, trust_code=True)
+
+
 def test_the_patch_that_is_here_too_needs_no_trust(make_record, again, monkeypatch):
     folder = with_patch(make_record(), "the same\n")
     here = {**CLEAN, "dirty": True, "patch": "source.patch"}
@@ -702,7 +715,10 @@ def test_trusted_code_runs_from_a_checkout_with_its_patch_and_its_optimizer(
     folder = make_record("optim.default.lr=0.01", optim="mine.py:Sign")
     monkeypatch.setattr(machine, "code_identity", lambda: (CLEAN, None))
     Path("mine.py").unlink()
+    Path("told").write_text("kept")
+    monkeypatch.setenv("NANORUN_EXIT_CODE", str(Path("told").resolve()))
     result, said = again(folder, trust_code=True)
+    assert Path("told").read_text() == "kept"
     assert "+class Sign(torch.optim.Optimizer):" in said
     assert result["agreement"]["same_final_weights"]
     assert result["verdict"] == "agrees"

@@ -12,9 +12,14 @@ import pytest
 import torch
 from hostile_samples import QUIET, changed_options, copied, newest, sealed, stopped_run
 
+from nanorun.config import resolve
 from nanorun.errors import UserError
+from nanorun.model import GPT
+from nanorun.optim.build import build_optimizers
 from nanorun.sample import sample
+from nanorun.tracks import load_track, preset_names
 from nanorun.training import saved
+from nanorun.training.memory import foreseen_states, shapes_of
 from nanorun.training.run import resume_run
 
 
@@ -305,6 +310,40 @@ def test_an_optimizer_with_other_options_than_the_runs_is_refused_by_name(run, w
     change, said = WRONG_OPTIONS[what]
     changed_optimizer(run, change)
     refused(run, said)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7,)])
+def test_a_state_of_another_shape_is_refused_with_the_tensor_and_both_shapes(run, shape):
+    def change(one):
+        (number, state), *_ = one["state"].items()
+        key, tensor = next((key, value) for key, value in state.items() if value.ndim == 2)
+        state[key] = torch.ones(shape)
+        said.append(
+            f"optimizer.pt: the state {key!r} of adamw, parameter {number} has shape {shape}, and the run's config "
+            f"makes it {tuple(tensor.shape)}; remove this folder"
+        )
+
+    said = []
+    changed_optimizer(run, change)
+    refused(run, said[0])
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names(load_track("sotu")) if name != "fast"])
+def test_the_states_that_are_foreseen_are_those_that_steps_make(preset, make_stepper):
+    optim = resolve(load_track("sotu"), preset).optim
+    config = make_stepper().config.model_copy(update={"optim": optim})
+    model = GPT(config.model, 65)
+    model.initialise(0)
+    optimizers = build_optimizers(model, config.optim_by_role)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizers.step()
+    made = [
+        {number: shapes_of(state) for number, state in one.state_dict()["state"].items()}
+        for one in optimizers.optimizers
+    ]
+    assert foreseen_states(config, 65, torch.device("cpu")) == made
 
 
 def with_header(header, body=b"\0" * 16):

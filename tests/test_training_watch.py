@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from nanorun.errors import UserError
-from nanorun.training.watch import DONE, LOST, PATIENCE, Beat, Sightings, hang_seconds
+from nanorun.training.watch import DONE, LOST, PATIENCE, Beat, Sightings, Watch, hang_seconds
 
 HANG = 20.0
 
 
-def beat(rank, number=1, marks=1, *, step=12, phase="train", signs=None, ending=""):
-    return Beat(
-        number, marks if signs is None else signs, marks, step, phase, f"host{rank}", 100 + rank, ending
-    )
+def beat(rank, number=1, marks=1, *, step=12, phase="train", signs=None, **words):
+    signs = marks if signs is None else signs
+    return Beat(number, signs, marks, step, phase, f"host{rank}", 100 + rank, **words)
 
 
 def watched(*later, n_ranks=3):
@@ -79,6 +78,28 @@ def test_what_is_no_step_may_take_longer(phase):
 def test_a_long_step_is_let_be_as_long_as_its_micro_batches_come():
     beats = [(now, [beat(0, now, 7, signs=7 + now // 15), beat(1, now, 8)]) for now in range(2, 100)]
     assert watched(*beats, n_ranks=2).hung(99.0) == ("", [])
+
+
+@pytest.mark.parametrize(("warm_up", "limit"), [(2.0, 20), (15.0, 45), (500.0, 200)])
+def test_a_micro_batch_may_take_as_long_as_the_warm_up_says_up_to_a_limit(warm_up, limit):
+    beats = [(now, [beat(0, now, 7, warm_up=warm_up), beat(1, now, 8)]) for now in range(2, 3 + limit)]
+    assert watched(*beats, n_ranks=2).hung(1.9 + limit) == ("", [])
+    text, blamed = watched(*beats, n_ranks=2).hung(2.0 + limit)
+    assert text.startswith(f"rank 0 (host0, pid 100) has not moved since step 12, {limit} s ago")
+    assert blamed == [0]
+
+
+def test_a_rank_tells_the_shortest_of_its_warm_ups():
+    class Store(dict):
+        def set(self, key, value):
+            self[key] = value
+
+    store = Store()
+    watch = Watch(store, 0, 1, HANG)
+    for seconds in (30.0, 4.0, 5.0):
+        watch.warmed_up(seconds)
+    watch._tell()
+    assert json.loads(store["beat/0"])["warm_up"] == 4.0
 
 
 def test_a_store_that_does_not_answer_is_its_keepers_fault_and_nobody_elses():

@@ -43,6 +43,8 @@ from nanorun.data.sources import (
     Step,
     is_ready,
     load_source,
+    options_of,
+    source_names,
 )
 from nanorun.data.space import warn_if_full
 from nanorun.data.tokenizers import (
@@ -151,7 +153,7 @@ def make_request(
     `workers` threads tokenize; 0 takes as many as there are cores, and more than that are not taken.
     """
     source = load_source(corpus)
-    _refuse_options(source, {"input": inputs, **reading})
+    _refuse_options(source, {"input": inputs, "keep_duplicates": keep_duplicates, **reading})
     if tokenizer == "":
         raise UserError("--tokenizer is empty; expected a name such as byte, or leave it out.")
     if workers < 0:
@@ -178,16 +180,17 @@ def make_request(
 
 
 def _refuse_options(source: Source | ReadySource, given: dict[str, Any]) -> None:
-    """Raise `UserError` for an option that this corpus does not heed."""
-    for option in ("input", "format", "column", "separator", "include", "revision", "shards"):
-        value = given.get(option)
-        if value in (None, (), []) or option in source.OPTIONS:
+    """Raise `UserError` for an option that this corpus does not heed, with the corpora that do."""
+    for key, value in given.items():
+        option = key.replace("_", "-")
+        if value in (None, (), [], False) or option in source.OPTIONS:
             continue
-        said = value if isinstance(value, (str, int)) else value[0]
-        takes = ", ".join(f"--{one}" for one in source.OPTIONS) or "none of this kind"
+        said = "" if value is True else f" {shown(value if isinstance(value, (str, int)) else value[0])}"
+        takers = [name for name in source_names() if option in options_of(name)]
         own = "; for your own files: nanorun prepare-data text --input PATH" if option == "input" else ""
         raise UserError(
-            f"--{option} {shown(said)}: corpus {source.NAME!r} takes no --{option} ({takes}); leave it out{own}."
+            f"--{option}{said}: corpus {source.NAME!r} takes no --{option} ({', '.join(takers)} can); leave it "
+            f"out{own}."
         )
 
 

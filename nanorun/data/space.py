@@ -35,12 +35,16 @@ class Need(NamedTuple):
 def needed(files: list[InputFile], tokenizer: str, *, ready: bool) -> Need:
     """Return what preparing `files` will take in shards."""
     if ready:
-        on_disk = sum(file.size for file in files)
-        return Need(0, sum(max(0, file.size - HEADER_BYTES) // 2 for file in files), on_disk)
+        return Need(0, sum(map(_tokens_in, files)), sum(file.size for file in files))
     text_bytes = int(sum(file.size * file.expands for file in files))
     tokens = int(text_bytes / _bytes_per_token(tokenizer))
     is_narrow = tokenizer in NARROW or (tokenizer.startswith("bpe") and int(tokenizer[3:]) <= 65536)
     return Need(text_bytes, tokens, tokens * (2 if is_narrow else 4))
+
+
+def _tokens_in(file: InputFile) -> int:
+    """Return the tokens of a file of tokens; of one on the hub, which was not looked into, as uint16 under a header."""
+    return max(0, file.size - HEADER_BYTES) // 2 if file.tokens is None else file.tokens
 
 
 def _bytes_per_token(tokenizer: str) -> float:

@@ -69,7 +69,8 @@ class GradientsInOrder(torch.optim.Optimizer):
         for parameter, grad in odd:
             parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(grad)
         # The function inside its decorators, which would import torch's compiler to tell it what it is not to trace.
-        update = inspect.unwrap(super().step.__func__)
+        decorated: Any = super().step
+        update = inspect.unwrap(decorated.__func__)
         try:
             with torch.no_grad():
                 update(self)

@@ -174,7 +174,7 @@ class Amos(torch.optim.Optimizer):
     def _step_alike(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
         """Update parameters of one dtype and device: one pass of small sums over the rows of all of them."""
         states = [self.state[parameter] for parameter in parameters]
-        grads = [parameter.grad.to(parameter.dtype) for parameter in parameters]
+        grads = [one.grad.to(one.dtype) for one in parameters if one.grad is not None]
         counts = [state["exp_avg_sq"].numel() for state in states]
         dtype = torch.promote_types(parameters[0].dtype, torch.float32)
         step_P = torch.stack([state["step"] for state in states]) + 1
@@ -184,7 +184,8 @@ class Amos(torch.optim.Optimizer):
         old_R = [torch.cat([s[key].flatten() for s in states]).to(dtype) for key in ("exp_avg_sq", "decay")]
         rows = amos_rows(
             torch.cat([_mean_square(grad, dtype) for grad in grads]),
-            *old_R,
+            old_R[0],
+            old_R[1],
             _per_row(_correction(step_P.to(dtype), group["beta"]), counts),
             _per_row(eta_P, counts),
             group,
@@ -192,7 +193,9 @@ class Amos(torch.optim.Optimizer):
         if skip is not None:
             # Selected, not multiplied: 0 times NaN is NaN.
             kept = [torch.where(skip, old, new) for old, new in zip(old_R, rows[:2])]
-            rows = Rows(*kept, rows.shrink.masked_fill(skip, 0.0), rows.scale.masked_fill(skip, 0.0))
+            rows = Rows(
+                kept[0], kept[1], rows.shrink.masked_fill(skip, 0.0), rows.scale.masked_fill(skip, 0.0)
+            )
             grads = [grad.masked_fill(skip, 0.0) for grad in grads]
             step_P = step_P - skip.to(step_P.dtype)
         for key, new_R in (("exp_avg_sq", rows.exp_avg_sq), ("decay", rows.decay)):

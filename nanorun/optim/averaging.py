@@ -148,7 +148,7 @@ def make_average(
         return QueueAverage(snapshots=snapshots, every_steps=every_steps, from_step=from_step)
     if kind == "ema":
         return EmaAverage(beta=beta, every_steps=every_steps, from_step=from_step)
-    raise UserError(f"average.kind = {kind!r}: wanted one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    raise UserError(f"average.kind = {kind!r}: wanted one of {', '.join(KINDS)}.{nearest(kind, list(KINDS))}")
 
 
 def _check_kind(average: WeightAverage, state: Mapping[str, Any]) -> None:

@@ -492,12 +492,13 @@ class OptimizerSet:
             step = _do_not_step if bool(skip) else _step
         else:
             step = _step if skip is None else partial(_step_unless, skip=skip)
-        parcels = []
-        shared = self.sharing.shared if self.sharing else []
-        for optimizer in shared:
-            self.sharing.drop_others_gradients(optimizer)
-            step(optimizer)
-            parcels += self.sharing.send(optimizer) if send else []
+        parcels, shared = [], []
+        if self.sharing is not None:
+            shared = self.sharing.shared
+            for optimizer in shared:
+                self.sharing.drop_others_gradients(optimizer)
+                step(optimizer)
+                parcels += self.sharing.send(optimizer) if send else []
         for optimizer in self.optimizers:
             if optimizer not in shared:
                 step(optimizer)
@@ -616,11 +617,12 @@ def _step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     if not _reads_found_inf(optimizer):
         _step_or_put_back(optimizer, skip != 0)
         return
-    optimizer.found_inf = skip.to(torch.float32)
+    reads: Any = optimizer
+    reads.found_inf = skip.to(torch.float32)
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf
+        del reads.found_inf
 
 
 def _reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:

@@ -92,7 +92,7 @@ class Tile(NamedTuple):
         return self.rows[2], self.cols[2]
 
     @property
-    def count(self) -> int:
+    def n_blocks(self) -> int:
         """How many blocks."""
         return self.n_stacked * self.rows[1] * self.cols[1]
 
@@ -147,7 +147,7 @@ class Bucket(NamedTuple):
     @property
     def counts(self) -> list[int]:
         """How many blocks of the stack come from each place."""
-        return [self.members[member].tiles[tile].count for member, tile in self.places]
+        return [self.members[member].tiles[tile].n_blocks for member, tile in self.places]
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return stack_KMN of the blocks of one tensor per member; a view where no copy is needed."""
@@ -254,14 +254,14 @@ def blocked_cost(group: dict[str, Any], rows: int, cols: int, *, products: float
     """Return `two_sided_cost` summed over the blocks of one matrix."""
     longest, roots = group["block_size"], (ROOT_PRODUCTS + 1) / group["precondition_frequency"]
     return sum(
-        tile.count * two_sided_cost(*tile.shape, longest=longest, products=products, roots=roots)
+        tile.n_blocks * two_sided_cost(*tile.shape, longest=longest, products=products, roots=roots)
         for tile in tiles_of((rows, cols), 1, longest)
     )
 
 
 def eyes(tile: Tile, size: int, like: Tensor) -> Tensor:
     """Return one identity matrix per block of the tile."""
-    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(tile.count, 1, 1)
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(tile.n_blocks, 1, 1)
 
 
 class DistributedShampoo(torch.optim.Optimizer):
@@ -362,7 +362,7 @@ class DistributedShampoo(torch.optim.Optimizer):
 def _set_up(member: Member) -> None:
     for i, tile in enumerate(member.tiles):
         for side, size in zip(sides_of(member.parameter), tile.shape):
-            member.state[f"{side}_{i}"] = member.parameter.new_zeros(tile.count, size, size)
+            member.state[f"{side}_{i}"] = member.parameter.new_zeros(tile.n_blocks, size, size)
             member.state[f"{side}_root_{i}"] = eyes(tile, size, member.parameter)
 
 

@@ -202,7 +202,7 @@ def newton_schulz(
     x_KMN = _normalise_(x_KMN, eps).to(dtype)
     rows, cols = x_KMN.shape[1:]
     tall = rows > cols
-    longest = _longest_run(*sorted((rows, cols)), dtype)
+    longest = _longest_run(min(rows, cols), max(rows, cols), dtype)
     gram_KSS = None
     if coefficients.rescaled == "rows":
         x_KMN, gram_KSS = _rescale_rows(x_KMN, tall, triton)

@@ -364,7 +364,7 @@ class Muon(torch.optim.Optimizer):
             parts = (parameter, parameter.grad.to(parameter.dtype), state["momentum_buffer"])
             views = [part.chunk(n_stacked) for part in parts]
             squares = state["exp_avg_sq"].chunk(n_stacked) if group["normalize_rows"] else [None] * n_stacked
-            matrices += [_Matrix(*view, parameter) for view in zip(*views, squares, strict=True)]
+            matrices += [_Matrix(p, g, m, s, parameter) for p, g, m, s in zip(*views, squares, strict=True)]
         return matrices
 
     def _decay(self, group: dict[str, Any], owners: list[Tensor], skip: Tensor | None) -> None:

@@ -214,7 +214,7 @@ def momentum_update(
     _replace(buffers, new_buffers, skip)
 
 
-def _replace(old: list[Tensor], new: list[Tensor], skip: Tensor | None) -> None:
+def _replace(old: list[Tensor], new: list[Tensor] | tuple[Tensor, ...], skip: Tensor | None) -> None:
     """Write the new values over the old ones, or where `skip` leave these as they are."""
     if skip is None:
         torch._foreach_copy_(old, new)

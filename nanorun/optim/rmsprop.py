@@ -48,16 +48,16 @@ def rmsprop_eps_inside(
     The lists run side by side; `grad_avgs` is empty unless centered, and `buffers` without momentum.
     """
     if weight_decay:
-        grads = torch._foreach_add(grads, parameters, alpha=weight_decay)
+        grads = list(torch._foreach_add(grads, parameters, alpha=weight_decay))
     torch._foreach_mul_(square_avgs, alpha)
     torch._foreach_addcmul_(square_avgs, grads, grads, value=1 - alpha)
     roots = square_avgs
     if grad_avgs:
         torch._foreach_lerp_(grad_avgs, grads, 1 - alpha)
-        roots = torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1)
+        roots = list(torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1))
         # The variance of a gradient that hardly changes is rounding noise, of either sign.
         torch._foreach_clamp_min_(roots, 0.0)
-    roots = torch._foreach_add(roots, eps)
+    roots = list(torch._foreach_add(roots, eps))
     torch._foreach_sqrt_(roots)
     if buffers:
         torch._foreach_mul_(buffers, momentum)

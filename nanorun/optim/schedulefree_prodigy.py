@@ -250,7 +250,7 @@ class ScheduleFreeProdigy(torch.optim.Optimizer):
         return [
             Tensors(
                 portion,
-                [p.grad.to(p.dtype) for p in portion],
+                [p.grad.to(p.dtype) for p in portion if p.grad is not None],
                 *([self.state[p][key] for p in portion] for key in ("z", "exp_avg_sq", "s", "p0")),
             )
             for portion in portions(parameters)

@@ -150,14 +150,14 @@ class Shampoo(torch.optim.Optimizer):
         for parameter in parameters:
             if "statistics" not in self.state[parameter]:
                 self.state[parameter]["statistics"] = torch.full_like(parameter, group["eps"])
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         statistics = [self.state[parameter]["statistics"] for parameter in parameters]
         accumulate_(statistics, list(torch._foreach_mul(grads, grads)), group["beta"])
         roots = [diagonal_root(statistic, 2) for statistic in statistics]
         torch._foreach_addcmul_(parameters, self._average(group, parameters), roots, value=-group["lr"])
 
     def _step_matrices(self, group: dict[str, Any], members: Alike) -> None:
-        grad_KMN = members.stack([parameter.grad for parameter in members.parameters])
+        grad_KMN = members.stack([one.grad for one in members.parameters if one.grad is not None])
         update_KMN = members.stack(self._average(group, members.parameters))
         update_KMN = self._precondition(group, members, "left", grad_KMN, update_KMN)
         update_KMN = self._precondition(group, members, "right", grad_KMN.mT, update_KMN.mT).mT
@@ -165,7 +165,7 @@ class Shampoo(torch.optim.Optimizer):
 
     def _average(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
         """Return the average gradients after this step's: the momentum buffers, or the gradients themselves."""
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if group["momentum"] == 0:
             return grads
         for parameter in parameters:

@@ -165,7 +165,7 @@ class SOAP(torch.optim.Optimizer):
         return loss
 
     def _step_alike(self, group: dict[str, Any], members: Alike) -> None:
-        grads = members.split([parameter.grad for parameter in members.parameters])
+        grads = members.split([one.grad for one in members.parameters if one.grad is not None])
         sides = _sides(members, group["max_precond_dim"])
         if not sides:
             self._move(group, members, self._adam(group, members, grads, members.step))

@@ -109,6 +109,8 @@ class Code:
     patch: str | None
     outside: str = ""
     """File and hash of each optimizer that came from outside; the patch holds its text."""
+    patch_sha256: str = ""
+    """Of the patch as the run left it; empty in records that are older than this key."""
 
 
 @dataclasses.dataclass(frozen=True)

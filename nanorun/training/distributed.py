@@ -51,6 +51,11 @@ class Ranks:
         if _watch is not None:
             _watch.works()
 
+    def warmed_up(self, seconds: float) -> None:
+        """Note what the passes and the update of a warm-up took: a micro-batch may take as long."""
+        if _watch is not None:
+            _watch.warmed_up(seconds)
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add `tensor` up over all ranks, in place."""
         if self.n_ranks > 1:

@@ -65,10 +65,10 @@ class Feed:
             return _Prepared((idx_BT, targets_BT), None)
         # The stream of a thread, and its device, are its own to set.
         with torch.cuda.stream(self._copies):
-            pair = tuple(
+            idx_BT, targets_BT = (
                 rows.pin_memory().to(self.device, non_blocking=True) for rows in (idx_BT, targets_BT)
             )
-            return _Prepared(pair, self._copies.record_event())
+            return _Prepared((idx_BT, targets_BT), self._copies.record_event())
 
     def close(self) -> None:
         """End the thread; what it has prepared is dropped."""

@@ -35,6 +35,7 @@ from nanorun.errors import UserError
 from nanorun.model import CHEAPEST_FIRST, GPT, Recomputed
 from nanorun.optim.averaging import make_average
 from nanorun.optim.build import build_optimizers
+from nanorun.optim.ownership import parameters_of
 from nanorun.training.clock import now
 from nanorun.training.distributed import Ranks
 from nanorun.training.feed import Span
@@ -77,6 +78,7 @@ class Foreseen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
+        out: Any
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _as_read_by_the_host(args[0])
         if func is _aten._embedding_bag_backward.default:
@@ -360,6 +362,33 @@ class Rehearsal:
             ]
             found[name] = found.get(name, 0) + sum(tensor.nbytes for tensor in tensors)
         return found
+
+
+def foreseen_states(
+    config: RunConfig, vocab_size: int, device: torch.device
+) -> list[dict[int, dict[str, torch.Size]]]:
+    """Return the shapes of each optimizer's state tensors, by the parameter's number and by key.
+
+    Nothing is known where one is from outside, or of a kind that does not run on stand-ins.
+    """
+    if any(":" in str(options.get("name")) for options in config.optim.values()):
+        return []
+    with suppress(Exception), foreseeing(), device:
+        optimizers = build_optimizers(GPT(config.model, vocab_size), config.optim_by_role)
+        found = []
+        for one in optimizers.optimizers:
+            for _ in range(2):  # some keep more from the second step on
+                for parameter in parameters_of(one):
+                    parameter.grad = torch.empty_like(parameter)
+                one.step()
+            states = one.state_dict()["state"].items()
+            found.append({number: shapes_of(state) for number, state in states})
+        return found
+    return []
+
+
+def shapes_of(state: dict[str, Any]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def rehearse(

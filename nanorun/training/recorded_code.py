@@ -6,6 +6,7 @@ them out for whoever was told to trust them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -58,7 +59,9 @@ def read_recorded_patch(folder: Path, record: Record) -> str | None:
             raise UserError(
                 f"{path} is no file of at most {MAX_BYTES:,} bytes, so it is no patch that a run left"
             )
-        return path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        _check_hash(content, record.code.patch_sha256, path)
+        return content.decode("utf-8")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}), and the record says it is there"
@@ -67,6 +70,16 @@ def read_recorded_patch(folder: Path, record: Record) -> str | None:
         raise UserError(
             f"{path} is not UTF-8 at byte {error.start}, so it is no patch that a run left"
         ) from None
+
+
+def _check_hash(content: bytes, wanted: str, path: Path) -> None:
+    """Raise UserError where a patch is not the one whose hash the record holds; older records hold none."""
+    found = hashlib.sha256(content).hexdigest()
+    if wanted and found != wanted:
+        raise UserError(
+            f"{path} is not the patch that the record's run left: its sha256 is {found[:12]}…, and the record says "
+            f"{printable(wanted)[:12]}…; take the record's whole folder from where it was published"
+        )
 
 
 def show_code(console: Console, record: Record, patch: str | None, path: Path) -> None:

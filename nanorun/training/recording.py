@@ -9,7 +9,7 @@ from typing import Any
 from nanorun.files import write_whole
 from nanorun.records.record import FORMAT_VERSION, RECORD_ID, Record, read_record, record_id, write_record
 from nanorun.tables import to_toml
-from nanorun.training import machine
+from nanorun.training import checkpoint, machine
 from nanorun.training.setup import ELSEWHERE, Run, mix_of, read_patch
 
 RECORD_NOTE = "record"
@@ -26,6 +26,8 @@ def write(run: Run, result: dict[str, Any]) -> Path:
     if (there := _written_before(run, result)) is not None:
         return there
     created = datetime.datetime.now(datetime.UTC)
+    patch = read_patch(run.folder)
+    hashed = {} if patch is None else {"patch_sha256": checkpoint.hash_of_text(patch)}
     content = {
         "format_version": FORMAT_VERSION,
         "track": run.track.name,
@@ -34,7 +36,7 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         "created": created.isoformat(timespec="seconds"),
         "seed": config.seed,
         "config": config.model_dump(),
-        "code": run.outcome.code,
+        "code": {**run.outcome.code, **hashed},
         "software": machine.software(
             run.compiled, run.options.deterministic, machine.runs_kernels(run.device)
         ),
@@ -51,7 +53,7 @@ def write(run: Run, result: dict[str, Any]) -> Path:
         run.options.records,
         Record.from_dict(content),
         config_toml=to_toml(config.model_dump()),
-        source_patch=read_patch(run.folder),
+        source_patch=patch,
     )
 
 

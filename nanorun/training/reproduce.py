@@ -497,7 +497,8 @@ def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None,
         command = [sys.executable, "-P", "-m", "nanorun", "train", *words, *places]
         paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
         surroundings = {
-            **os.environ,
+            # A job waits for this command's exit code, not for that of the run within.
+            **{key: value for key, value in os.environ.items() if key != "NANORUN_EXIT_CODE"},
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(plan.n_threads),
             "NANORUN_KERNELS": "1" if record.software.kernels else "0",

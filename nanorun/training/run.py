@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from nanorun.config import RunConfig, make_config, resolve, resolve_values
-from nanorun.errors import Stopped, UserError
+from nanorun.errors import Stopped, StoppedEarly, UserError
 from nanorun.optim.build import ROLE_NAMES, find_algorithm
 from nanorun.records.record import RecordError, load_json
 from nanorun.tables import read_toml
@@ -77,8 +77,8 @@ def train_seeds(
             for config in configs:
                 several = f"-s{config.seed}" if options.get("run") and len(configs) > 1 else ""
                 mine = {**options, "run": f"{options['run']}{several}"} if several else options
-                more = len(results) + 1 < len(configs)
-                results.append(train(config, track, Options(**mine), console, more_follow=more))
+                more_follow = len(results) + 1 < len(configs)
+                results.append(train(config, track, Options(**mine), console, more_follow=more_follow))
                 # All seeds compute alike, or their seconds would be those of several machines.
                 options = {**options, "threads": torch.get_num_threads()}
         return results
@@ -90,6 +90,14 @@ def train_seeds(
             else ""
         )
         raise Stopped(f"{stopped}{more}") from None
+    except StoppedEarly as early:
+        if not results:
+            raise
+        done = len(results)
+        raise Stopped(
+            f"stopped by {early} after {done} of {len(configs)} seeds; go on with --seed {configs[done].seed} "
+            f"--seeds {len(configs) - done}"
+        ) from None
 
 
 def _resolve_outside(track: Track, optim: str, settings: Sequence[str], **top: Any) -> RunConfig:
@@ -165,8 +173,8 @@ def _checked_options(content: object) -> Options:
     """Return options out of their JSON, each of its own type. Raises RecordError."""
     if not isinstance(content, dict):
         raise RecordError("is no object")
-    values = {}
-    defaults = {field.name: field.default for field in fields(Options)}
+    values: dict[str, Any] = {}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(Options)}
     for name, value in content.items():
         if name not in defaults:
             raise RecordError(

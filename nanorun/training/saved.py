@@ -11,7 +11,7 @@ import json
 import math
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,8 +210,16 @@ def _kind(one: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "missing" if one is None else f"{one[1]} of shape {one[0]}"
 
 
-def check_optimizer(content: Mapping[str, Any], optimizers: OptimizerSet, path: Path) -> None:
-    """Raise UserError unless the saved options are those that the run's optimizers have, each of its own kind."""
+def check_optimizer(
+    content: Mapping[str, Any],
+    optimizers: OptimizerSet,
+    path: Path,
+    shapes: Sequence[Mapping[int, Mapping[str, torch.Size]]],
+) -> None:
+    """Raise UserError unless the saved options are those that the run's optimizers have, each of its own kind.
+
+    And unless each state tensor has its shape, as far as `shapes` says it, by optimizer, parameter and key.
+    """
     with refused(path):
         states = content["optimizers"]
         if not isinstance(states, list) or len(states) != len(optimizers.optimizers):
@@ -231,6 +239,20 @@ def check_optimizer(content: Mapping[str, Any], optimizers: OptimizerSet, path: 
                     raise ValueError(
                         f"it holds a state for {ascii(key)[:60]}, and there is no such parameter"
                     )
+        for name, saved, wanted in zip(content["names"], states, shapes):
+            for number, keys in wanted.items():
+                _check_shapes(saved["state"].get(number, {}), keys, f"{name}, parameter {number}", path)
+
+
+def _check_shapes(state: Mapping[str, Any], wanted: Mapping[str, torch.Size], where: str, path: Path) -> None:
+    """Raise UserError that names the first tensor of a parameter's state with another shape than it shall have."""
+    for key, shape in wanted.items():
+        found = state.get(key)
+        if isinstance(found, Tensor) and found.shape != shape:
+            raise UserError(
+                f"{path / 'optimizer.pt'}: the state {key!r} of {shown(where)[:100]} has shape {tuple(found.shape)}, "
+                f"and the run's config makes it {tuple(shape)}; {MEND}"
+            )
 
 
 def _alike(there: object, here: object) -> bool:
@@ -263,7 +285,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _is_seconds(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1e12  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and 0 <= value < 1e12
 
 
 def _refuse_constant(name: str) -> float:

@@ -38,7 +38,7 @@ from nanorun.tracks import Track
 from nanorun.training import checkpoint, machine, sharding
 from nanorun.training.clock import TrainingClock
 from nanorun.training.distributed import Ranks
-from nanorun.training.memory import choose_activations
+from nanorun.training.memory import choose_activations, foreseen_states
 from nanorun.training.outcome import Outcome
 from nanorun.training.saved import check_optimizer, check_state, check_weights, refused
 from nanorun.training.step import Stepper, chosen_precision
@@ -463,7 +463,8 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Put the run where the checkpoint left it; UserError where the corpus is not the one it trained on."""
     _check_same_data(run, saved)
     check_weights(saved.model, run.model, saved.path)
-    check_optimizer(saved.optimizer, run.optimizers, saved.path)
+    shapes = foreseen_states(run.config, run.model.vocab_size, run.device)
+    check_optimizer(saved.optimizer, run.optimizers, saved.path, shapes)
     with refused(saved.path):
         if isinstance(run.optimizers, sharding.ShardedOptimizers):
             run.optimizers.load_whole(saved.model, saved.optimizer)

@@ -82,12 +82,12 @@ def new_model(config: RunConfig, vocab_size: int, device: torch.device, ranks: R
     return model
 
 
-def rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Any) -> Tensor:
     """Return this rank's rows of a tensor, in its memory; the tensor itself where it is not shared out."""
     return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Return a tensor put together from all ranks' rows, which all ranks must ask for; else the tensor itself."""
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

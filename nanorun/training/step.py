@@ -221,7 +221,8 @@ class Stepper:
         if self.sharded:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-                block._compiled_call_impl = _with_room(block._compiled_call_impl, n_shapes)
+                compiled: Callable[..., Any] = block._compiled_call_impl  # type: ignore[assignment]
+                block._compiled_call_impl = _with_room(compiled, n_shapes)
         else:
             self._set_sparse(False)
             self.forward = _with_room(torch.compile(self.working, dynamic=False), n_shapes)
@@ -260,7 +261,9 @@ class Stepper:
         if self._rehearses:
             yield
             return
-        parameters = self.optimizers.parameters() if self.sharded else list(self.model.parameters())
+        parameters: list[torch.Tensor] = list(self.model.parameters())
+        if self.sharded:
+            parameters = self.optimizers.parameters()
         weights = [p.detach().clone() for p in parameters]
         blank = copy.deepcopy(self.optimizers.own_state_dict())
         self._rehearses = True
@@ -343,8 +346,10 @@ class Stepper:
                 f"{', '.join(outside)} failed in its first step ({type(error).__name__}: {reason}): an optimizer must "
                 "step without a closure on dense gradients; docs/optimizers.md says what else it must do"
             ) from error
+        ended = now(self.device)
+        self.ranks.warmed_up(ended - began)
         a_row = (passed - began) / (sum(sizes) * len(lengths))
-        return a_row * self.rows_of_rank + now(self.device) - passed
+        return a_row * self.rows_of_rank + ended - passed
 
 
 def _with_room(call: Callable[..., Any], n_shapes: int) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from nanorun.config import RunConfig
+from nanorun.config import RunConfig, make_config
 from nanorun.errors import UserError, shown
 from nanorun.files import LOCK_NAME, write_whole
 from nanorun.records.record import RecordError, load_json
@@ -151,8 +151,10 @@ def remove_new_run(folder: Path) -> None:
 
 def _check_same_config(folder: Path, config: RunConfig) -> None:
     """Raise UserError that names what differs between a run's config and the one asked for."""
-    there = flattened(read_toml(folder / "config.toml"))
-    asked = flattened(tomllib.loads(to_toml(config.model_dump())))
+    path = folder / "config.toml"
+    # Keys that came later than the run have their defaults in it: what it did before there was a choice.
+    begun = make_config(read_toml(path), where=str(path))
+    there, asked = (flattened(tomllib.loads(to_toml(one.model_dump()))) for one in (begun, config))
     keys = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
     if keys:
         key = keys[0]

@@ -346,9 +346,11 @@ def _snapshot(run: Run, extra: dict[str, Any]) -> checkpoint.Snapshot | None:
     """Return the run as it is, on the rank that leads; all ranks have to ask."""
     manifest = run.validation_tokens.manifest
     # What lies on several ranks is put together by all of them.
-    sharded = isinstance(run.optimizers, sharding.ShardedOptimizers)
     model = sharding.whole_weights(run.model, keep=run.ranks.leads)
-    optimizer = run.optimizers.whole_state() if sharded else run.optimizers.state_dict()
+    if isinstance(run.optimizers, sharding.ShardedOptimizers):
+        optimizer = run.optimizers.whole_state()
+    else:
+        optimizer = run.optimizers.state_dict()
     evaluation = _evaluation_weights(run)
     if not run.ranks.leads:
         return None

@@ -24,6 +24,8 @@ from nanorun.errors import UserError
 
 HANG_SECONDS = 120.0
 """How long a rank may do nothing within its steps. NANORUN_HANG_SECONDS says otherwise; 0 never ends a run."""
+WARM_UPS = 3
+"""Times as long as its warm-up, a pass and an update, a rank may do nothing, where that is more than the above."""
 PATIENCE = 10
 """Times as long it may take where a step is not what it is at: setting up, compiling, validating, saving."""
 BEAT_SECONDS = 1.0
@@ -55,6 +57,8 @@ class Beat:
     phase: str
     host: str
     pid: int
+    warm_up: float = 0.0
+    """Seconds that the passes and the update of its warm-up took, the shortest there was."""
     ending: str = ""
     """Empty in a rank that works, else DONE, LOST or what it failed of."""
 
@@ -102,6 +106,10 @@ class Sightings:
         slowest = [rank for rank in working if self.beats[rank].marks == fewest]
         if any(self.beats[rank].phase != "train" for rank in slowest):
             limit *= PATIENCE
+        else:
+            # A micro-batch of a large model on a slow device; beyond PATIENCE collectives run out of time.
+            warm_up = max((self.beats[rank].warm_up for rank in slowest), default=0.0)
+            limit = min(max(limit, WARM_UPS * warm_up), limit * PATIENCE)
         since = max((self._moved[rank] for rank in slowest), default=now)
         if now - since < limit:
             return "", []
@@ -178,6 +186,7 @@ class Watch:
         self.phase: Callable[[], str] = lambda: "setup"
         self._store, self._rank, self._n_ranks, self._hang_seconds = store, rank, n_ranks, hang_seconds
         self._number = self._signs = self._marks = self._step = 0
+        self._warm_up = 0.0
         self._host = socket.gethostname()
         self._ending = ""
         self._over, self._lock = threading.Event(), threading.Lock()
@@ -201,6 +210,10 @@ class Watch:
     def works(self) -> None:
         """Note that the main thread is at work."""
         self._signs += 1
+
+    def warmed_up(self, seconds: float) -> None:
+        """Note what a warm-up took; the first ones also make buffers and compile."""
+        self._warm_up = min(self._warm_up or seconds, seconds)
 
     def lost(self) -> str:
         """Return which ranks are gone, a collective having failed; empty if they all still work."""
@@ -244,6 +257,7 @@ class Watch:
             self.phase(),
             self._host,
             os.getpid(),
+            self._warm_up,
             self._ending[:500],
         )
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))

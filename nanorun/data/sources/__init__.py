@@ -54,6 +54,8 @@ class InputFile(NamedTuple):
     """About how many bytes of text a byte of it holds; 1.0 for plain text."""
     version: str
     """Changes when the content does: a modification time in ns, an ETag, a sha256."""
+    tokens: int | None = None
+    """How many it holds, where it holds tokens and that was looked at."""
 
 
 class Step(NamedTuple):
@@ -142,7 +144,7 @@ class Source(Protocol):
     TAKES_INPUT: bool
     """It is made from files that the user names."""
     OPTIONS: tuple[str, ...]
-    """Which of input, format, column, separator, include, revision and shards it heeds."""
+    """Which of input, format, column, separator, include, revision, shards, skip-bad and keep-duplicates it heeds."""
     DEFAULT_TOKENIZER: str
     SOURCE_SHA256: str | None
     """Of the texts, where it is known beforehand; None: the hash of the documents' hashes, in their order."""
@@ -211,6 +213,12 @@ def load_source(name: str) -> Source | ReadySource:
             f"There is no corpus {name!r}: {family!r} is one by itself; leave {colon + argument!r} out."
         )
     return cast("Source | ReadySource", module.named(argument) if colon else module)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Return the options that the corpus `name`, or a family's corpora, heed."""
+    module = import_module(f"{__name__}.{name}")
+    return cast("tuple[str, ...]", getattr(module, "CORPUS", module).OPTIONS)
 
 
 def read_packed(name: str, sha256: str) -> bytes:

@@ -26,6 +26,7 @@ from nanorun.data.sources import Document, InputFile, Reading, Step
 from nanorun.errors import UserError, printable
 
 USAGE = "hub:OWNER/NAME"
+OPTIONS = ("format", "column", "separator", "include", "revision", "skip-bad", "keep-duplicates")
 SUMMARY = "any text dataset on the hub in parquet or JSON lines (--column, --include GLOB, --revision)"
 
 KINDS = ((".parquet",), (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"))
@@ -56,7 +57,7 @@ class HubText:
     SUMMARY = SUMMARY
     EMBEDDED = False
     TAKES_INPUT = False
-    OPTIONS = ("format", "column", "separator", "include", "revision")
+    OPTIONS = OPTIONS
     DEFAULT_TOKENIZER = "gpt2"
     SOURCE_SHA256: ClassVar[str | None] = None
 

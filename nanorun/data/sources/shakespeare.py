@@ -14,7 +14,7 @@ NAME = "shakespeare"
 SUMMARY = "tiny Shakespeare, 1.1 MB; the last tenth of the characters held out, as in nanoGPT"
 EMBEDDED = True
 TAKES_INPUT = False
-OPTIONS: tuple[str, ...] = ()
+OPTIONS: tuple[str, ...] = ("keep-duplicates",)
 DEFAULT_TOKENIZER = "char"
 
 PACKED_SHA256 = "c7c8b43dd8646838f2a6feffffdd80f8db46ea44a9bba1c6a2490154d2a64c90"

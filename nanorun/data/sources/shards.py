@@ -62,7 +62,7 @@ _EXPANDS = 2.2
 def files(reading: Reading) -> list[InputFile]:
     """As `ReadySource.files`."""
     return [
-        InputFile(shown(one.path), size, _EXPANDS, str(mtime_ns))
+        InputFile(shown(one.path), size, _EXPANDS, str(mtime_ns), one.n_tokens)
         for one in _look(reading).files
         for size, mtime_ns in [_state(one.path)]
     ]

@@ -23,7 +23,7 @@ NAME = "sotu"
 SUMMARY = "State of the Union addresses 1790-2026, 12 MB of English; whole addresses held out"
 EMBEDDED = True
 TAKES_INPUT = False
-OPTIONS: tuple[str, ...] = ()
+OPTIONS: tuple[str, ...] = ("keep-duplicates",)
 DEFAULT_TOKENIZER = "byte"
 
 PACKED_SHA256 = "57203e329c282b86a2bbe1c473b1600464e24bcbe531367f8d4fa996c578e467"

@@ -18,7 +18,7 @@ NAME = "text"
 SUMMARY = "your own files, plain, jsonl, csv or parquet (--input FILE, FOLDER or GLOB, - for standard input)"
 EMBEDDED = False
 TAKES_INPUT = True
-OPTIONS: tuple[str, ...] = ("input", "format", "column", "separator")
+OPTIONS: tuple[str, ...] = ("input", "format", "column", "separator", "skip-bad", "keep-duplicates")
 DEFAULT_TOKENIZER = "byte"
 SOURCE_SHA256 = None
 
