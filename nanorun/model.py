@@ -375,6 +375,11 @@ class GPT(nn.Module):
                 x_BTC = recomputed(self.checkpoint_activations, block, x_BTC, rotary_T11D, keys_B, documents)
         return x_BTC
 
+    def is_fused(self, n_positions: int) -> bool:
+        """Return whether each block is one operation where rows have so many positions."""
+        x_BTC = self.wte.weight.new_empty(1, n_positions, self.config.n_embd)
+        return not self.config.document_mask and all(block.is_fused(x_BTC, None) for block in self.blocks)
+
     def _ngram_keys(self, drop_keys_B: Tensor | None) -> Tensor | None:
         if drop_keys_B is None or not (self.training and self.config.ngram_dropout):
             return None

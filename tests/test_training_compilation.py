@@ -14,11 +14,12 @@ class FakeStepper:
 
     ranks = Ranks()
 
-    def __init__(self, eager, compiled, *, device="cpu", width=128):
+    def __init__(self, eager, compiled, *, device="cpu", width=128, fused=False):
         self.seconds = {False: eager, True: compiled}
         self.device = torch.device(device)
         self.config = SimpleNamespace(model=SimpleNamespace(n_embd=width))
         self.compiled, self.n_compiled, self.stepped = False, 0, []
+        self.is_fused = lambda: fused
 
     def warm_up(self):
         self.stepped.append(self.compiled)
@@ -43,6 +44,14 @@ def test_a_cpu_run_is_compiled_in_trial_only_where_what_is_known_says_that_it_co
     compiled, line = compile_if_it_pays(long, "auto", steps=int(2.1 * enough))
     assert (compiled, long.compiled, long.n_compiled) == (True, True, 1)
     assert "a step 0.4 s in place of 0.5 s" in line
+
+
+def test_fused_blocks_are_left_as_they_are_unless_compiled_code_is_asked_for():
+    stepper = FakeStepper(0.5, 0.4, fused=True)
+    compiled, line = compile_if_it_pays(stepper, "auto", steps=10**6)
+    assert (compiled, stepper.n_compiled) == (False, 0)
+    assert line == "eager code: its fused blocks are faster than compiled code"
+    assert compile_if_it_pays(stepper, "on", steps=1)[0] is True
 
 
 def test_code_that_turned_out_slower_is_not_kept_and_the_line_has_both_times():

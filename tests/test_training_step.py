@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanorun import kernels
 from nanorun.data.batches import token_set
 from nanorun.errors import UserError
 from nanorun.model import GPT
@@ -363,10 +364,18 @@ def test_a_run_taken_up_does_not_say_that_its_smaller_micro_batch_is_for_want_of
 ):
     stepper = make_stepper("train.micro_batch_rows=8")
     run = SimpleNamespace(config=stepper.config, stepper=stepper, device=torch.device("cuda"))
-    choices = {"micro_batch_rows": 2, "compiled": False}
+    choices = {"micro_batch_rows": 2, "compiled": False, "kernels": True}
     monkeypatch.setattr(setup, "check_state", lambda *given, **named: None)
     assert setup.choose_as_before(run, SimpleNamespace(state={"choices": choices}, path="")) == "off"
     assert (stepper.micro_batch_rows, stepper.halved) == (2, "")
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler here")
+def test_a_stepper_says_whether_its_blocks_are_fused_at_every_length(make_stepper):
+    assert make_stepper("model.context_len=64").is_fused()
+    assert make_stepper("model.context_len=64", "train.length_schedule=[16,64]").is_fused()
+    for other in ("train.length_schedule=[8,64]", "train.precision=bf16", "train.precision=bf16_master"):
+        assert not make_stepper("model.context_len=64", other).is_fused()
 
 
 def test_pieces_of_two_lengths_share_no_mask(make_stepper):

@@ -209,6 +209,11 @@ class Stepper:
             f"and their gradients added up to the same {self.config.train.batch_tokens:,} tokens a step"
         )
 
+    def is_fused(self) -> bool:
+        """Return whether eager code has one operation for each block, whatever the length of the rows."""
+        with self.autocast:
+            return all(self.working.is_fused(length) for length in self.lengths)
+
     def compile(self) -> None:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
