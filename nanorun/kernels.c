@@ -17,6 +17,7 @@
 #define W 8
 #endif
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(4 * W)));
 
 /* exp to 2 units in the last place; NaN stays NaN. Free of branches, so that loops over it become vector code. */
 static inline float exp_(float x) {
@@ -251,9 +252,34 @@ static void multiply(int64_t M, int64_t N, int64_t K, const float *a, int64_t ro
     multiply_panels(M, N, K, a, row, column, b, ldb, PANEL, c, ldc, adds);
 }
 
-static void transpose(int64_t M, int64_t N, const float *a, float *b) {
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t m = 0; m < M; m++) b[n * M + m] = a[m * N + n];
+/* b = a transposed, both of W by W numbers, their rows lda and ldb apart. */
+static inline void transpose_tile(const float *a, int64_t lda, float *b, int64_t ldb) {
+#ifdef __clang__
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) b[j * ldb + i] = a[i * lda + j];
+#else
+    vec x[W];
+    for (int i = 0; i < W; i++) x[i] = *(const vec *)(a + i * lda);
+    /* Halves change places, then halves of halves. */
+#pragma GCC unroll 4
+    for (int s = 1; s < W; s *= 2) {
+        mask first, second;
+        for (int j = 0; j < W; j++) first[j] = j & s ? j - s + W : j, second[j] = j & s ? j + W : j + s;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            if (i & s) continue;
+            vec one = x[i], other = x[i + s];
+            x[i] = __builtin_shuffle(one, other, first), x[i + s] = __builtin_shuffle(one, other, second);
+        }
+    }
+    for (int i = 0; i < W; i++) *(vec *)(b + i * ldb) = x[i];
+#endif
+}
+
+/* b (N, M) = a (M, N) transposed, rows lda and ldb apart; M and N are multiples of W. */
+static void transpose(int64_t M, int64_t N, const float *a, int64_t lda, float *b, int64_t ldb) {
+    for (int64_t m = 0; m < M; m += W)
+        for (int64_t n = 0; n < N; n += W) transpose_tile(a + m * lda + n, lda, b + n * ldb + m, ldb);
 }
 
 /* What attention does to queries and keys: a norm over the channels of a head where eps >= 0, a turn where cos is given. */
@@ -308,8 +334,6 @@ static void store(const Shape *s, float *g, const float *from, int prepared, con
 }
 
 #define QUERIES 32
-
-typedef int32_t mask __attribute__((vector_size(4 * W), aligned(4)));
 
 /* The largest of N numbers, a multiple of W. */
 static inline float largest(int64_t N, const float *s) {
@@ -369,7 +393,7 @@ static void attend(const Shape *s, int64_t bh, const int32_t *lines, const int32
     load(s, in, 1, q, unused), load(s, in + H * D, 1, k, unused), load(s, in + 2 * H * D, 0, v, unused);
     float root = 1.0f / sqrtf(D);
     for (int64_t i = 0; i < T * D; i++) k[i] *= root;
-    transpose(T, D, k, kT);
+    transpose(T, D, k, D, kT, T);
     for (int64_t first = 0; first < T; first += QUERIES) {
         int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
         multiply(rows, keys, D, q + first * D, D, 1, kT, T, p, keys, 0);
@@ -394,7 +418,7 @@ static void attend_backward(const Shape *s, int64_t bh, const int32_t *lines, co
     load(s, qkv + at + 2 * H * D, 0, v, 0);
     float root = 1.0f / sqrtf(D);
     for (int64_t i = 0; i < n; i++) k[i] *= root;
-    transpose(T, D, k, kT), transpose(T, D, v, vT);
+    transpose(T, D, k, D, kT, T), transpose(T, D, v, D, vT, T);
     for (int64_t first = 0; first < T; first += QUERIES) {
         int64_t rows = T - first < QUERIES ? T - first : QUERIES, keys = first + rows;
         const float *gy = dy + (b * T + first) * H * D + h * D, *out = y + (b * T + first) * H * D + h * D;
@@ -470,24 +494,35 @@ static int64_t rows_of(const Block *s, int64_t tile) {
 }
 static int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 
-/* This thread's share of b (K, N), of any strides, in panels of PANEL columns. */
-static void pack(int64_t K, int64_t N, const float *b, int64_t row, int64_t column, float *to) {
+/* This thread's share of n things, [*from, *to). */
+static void share(int64_t n, int64_t *from, int64_t *to) {
     int64_t me = omp_get_thread_num(), n_threads = omp_get_num_threads();
-    for (int64_t p = panels(N) * me / n_threads; p < panels(N) * (me + 1) / n_threads; p++) {
-        int64_t n = p * PANEL, width = N - n < PANEL ? N - n : PANEL;
-        float *panel = to + n * K;
-        const float *from = b + n * column;
-        if (column == 1)
-            for (int64_t k = 0; k < K; k++) memcpy(panel + k * PANEL, from + k * row, 4 * width);
-        else
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t k = 0; k < K; k++) panel[k * PANEL + j] = from[k * row + j * column];
-    }
+    *from = n * me / n_threads, *to = n * (me + 1) / n_threads;
 }
 
-/* c (rows, N) = a (rows, K) b, b packed, added to c where `adds`. */
-static void product(int64_t rows, int64_t N, int64_t K, const float *a, const float *b, float *c, int adds) {
-    multiply_panels(rows, N, K, a, K, 1, b, PANEL, K * PANEL, c, N, adds);
+/* A matrix (K, N) to multiply by, whose panels of PANEL columns begin `step` apart and have rows of ldb. */
+typedef struct { const float *b; int64_t ldb, step; } Panels;
+
+/* Rows up to so long are read where they lie: longer ones would each be on a page of memory of their own. */
+#define SHORT_ROW 512
+
+/* b (K, N) with rows one behind the other, or columns where `turned`, as panels; each thread packs its share into `to`. */
+static Panels pack(int64_t K, int64_t N, const float *b, int turned, float *to) {
+    if (!turned && N <= SHORT_ROW) return (Panels){b, N, PANEL};
+    int64_t from, until;
+    share(panels(N), &from, &until);
+    for (int64_t p = from; p < until; p++) {
+        int64_t n = p * PANEL, width = N - n < PANEL ? N - n : PANEL;
+        float *panel = to + n * K;
+        if (turned) transpose(width, K, b + n * K, K, panel, PANEL);
+        else for (int64_t k = 0; k < K; k++) memcpy(panel + k * PANEL, b + k * N + n, 4 * width);
+    }
+    return (Panels){to, PANEL, K * PANEL};
+}
+
+/* c (rows, N) = a (rows, K) b, added to c where `adds`. */
+static void product(int64_t rows, int64_t N, int64_t K, const float *a, Panels b, float *c, int adds) {
+    multiply_panels(rows, N, K, a, K, 1, b.b, b.ldb, b.step, c, N, adds);
 }
 
 static void add_bias(int64_t rows, int64_t N, const float *bias, float *c) {
@@ -537,25 +572,19 @@ static void activate_backward(const Block *s, int64_t N, const float *x, float *
 }
 
 /* out = x + what a projection of `a` (rows, K) comes to, under dropout where `lines` are given; `spare` has (rows, C). */
-static void project(const Block *s, int64_t first, int64_t rows, int64_t K, const float *a, const float *packed,
+static void project(const Block *s, int64_t first, int64_t rows, int64_t K, const float *a, Panels weight,
                     const float *bias, const int32_t *lines, const float *x, float *out, float *spare) {
     int64_t C = s->C;
     if (!lines) {
         memcpy(out, x, 4 * rows * C);
         add_bias(rows, C, bias, out);
-        product(rows, C, K, a, packed, out, 1);
+        product(rows, C, K, a, weight, out, 1);
         return;
     }
-    product(rows, C, K, a, packed, spare, 0);
+    product(rows, C, K, a, weight, spare, 0);
     add_bias(rows, C, bias, spare);
     drop(s, lines, first, rows, spare, spare);
     for (int64_t i = 0; i < rows * C; i++) out[i] = x[i] + spare[i];
-}
-
-/* This thread's share of n things, [*from, *to). */
-static void share(int64_t n, int64_t *from, int64_t *to) {
-    int64_t me = omp_get_thread_num(), n_threads = omp_get_num_threads();
-    *from = n * me / n_threads, *to = n * (me + 1) / n_threads;
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -565,8 +594,8 @@ int block(const Block *s) {
     int64_t C = s->C, M = s->M, T = s->T, D = C / s->H;
     Shape shape = {T, s->H, D, s->qk_eps, s->cos, s->sin};
     Kept keep = {s->least, s->scale};
-    float *qkv_w = s->packed, *proj_w = qkv_w + C * PANEL * panels(3 * C), *up_w = proj_w + C * PANEL * panels(C);
-    float *down_w = up_w + C * PANEL * panels(M);
+    float *for_qkv = s->packed, *for_proj = for_qkv + C * PANEL * panels(3 * C), *for_up = for_proj + C * PANEL * panels(C);
+    float *for_down = for_up + C * PANEL * panels(M);
     int failed = 0;
 #pragma omp parallel
     {
@@ -576,8 +605,8 @@ int block(const Block *s) {
 #pragma omp atomic write
             failed = 1;
         }
-        pack(C, 3 * C, s->qkv_weight, 1, C, qkv_w), pack(C, C, s->proj_weight, 1, C, proj_w);
-        pack(C, M, s->up_weight, 1, C, up_w), pack(M, C, s->down_weight, 1, M, down_w);
+        Panels qkv_w = pack(C, 3 * C, s->qkv_weight, 1, for_qkv), proj_w = pack(C, C, s->proj_weight, 1, for_proj);
+        Panels up_w = pack(C, M, s->up_weight, 1, for_up), down_w = pack(M, C, s->down_weight, 1, for_down);
 #pragma omp barrier
         if (!failed) {
             share(tiles_of(s), &from, &to);
@@ -648,8 +677,8 @@ int block_backward(const Block *s) {
     int64_t C = s->C, M = s->M, T = s->T, D = C / s->H, N = s->B * T, tiles = tiles_of(s);
     Shape shape = {T, s->H, D, s->qk_eps, s->cos, s->sin};
     Kept keep = {s->least, s->scale};
-    float *qkv_w = s->packed, *proj_w = qkv_w + 3 * C * PANEL * panels(C), *up_w = proj_w + C * PANEL * panels(C);
-    float *down_w = up_w + M * PANEL * panels(C);
+    float *for_qkv = s->packed, *for_proj = for_qkv + 3 * C * PANEL * panels(C), *for_up = for_proj + C * PANEL * panels(C);
+    float *for_down = for_up + M * PANEL * panels(C);
     const float *ddown = s->down_lines ? s->ddown : s->grad, *dproj = s->proj_lines ? s->dproj : s->dmiddle;
     int failed = 0;
 #pragma omp parallel
@@ -660,8 +689,8 @@ int block_backward(const Block *s) {
 #pragma omp atomic write
             failed = 1;
         }
-        pack(3 * C, C, s->qkv_weight, C, 1, qkv_w), pack(C, C, s->proj_weight, C, 1, proj_w);
-        pack(M, C, s->up_weight, C, 1, up_w), pack(C, M, s->down_weight, M, 1, down_w);
+        Panels qkv_w = pack(3 * C, C, s->qkv_weight, 0, for_qkv), proj_w = pack(C, C, s->proj_weight, 0, for_proj);
+        Panels up_w = pack(M, C, s->up_weight, 0, for_up), down_w = pack(C, M, s->down_weight, 0, for_down);
 #pragma omp barrier
         if (!failed) {
             share(tiles, &from, &to);
@@ -695,10 +724,11 @@ int block_backward(const Block *s) {
                 for (int64_t i = 0; i < rows * C; i++) dx[i] += s->dmiddle[n * C + i];
             }
 #pragma omp barrier
+            /* The longest first, so that no thread is left with one at the end. */
+            weight_gradient(N, C, M, ddown, s->activated, s->down_dweight, s->down_dbias, own);
+            weight_gradient(N, M, C, s->dhidden, s->normed_2, s->up_dweight, s->up_dbias, own);
             weight_gradient(N, 3 * C, C, s->dqkv, s->normed_1, s->qkv_dweight, s->qkv_dbias, own);
             weight_gradient(N, C, C, dproj, s->y, s->proj_dweight, s->proj_dbias, own);
-            weight_gradient(N, M, C, s->dhidden, s->normed_2, s->up_dweight, s->up_dbias, own);
-            weight_gradient(N, C, M, ddown, s->activated, s->down_dweight, s->down_dbias, own);
             if (s->layer_norm) {
                 add_parts(tiles, C, s->parts, s->norm_1_dweight, s->norm_1_dbias);
                 add_parts(tiles, C, s->parts + 2 * C, s->norm_2_dweight, s->norm_2_dbias);

@@ -23,6 +23,7 @@ from nanorun import kernels
 from nanorun.config import ModelConfig
 from nanorun.doctor import gemm_gflops
 from nanorun.model import GPT
+from nanorun.training.machine import keep_memory
 
 SHAPES = {128: (64, 1536, 65), 192: (256, 2048, 256), 384: (256, 2048, 256), 768: (256, 1024, 256)}
 """Context, tokens of a step and vocabulary of each width."""
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each case")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    keep_memory()
     rows = []
     for width in arguments.widths:
         for arch in arguments.archs:

@@ -182,7 +182,10 @@ class Stepper:
             grad_norm = sharding.norm_over_ranks(grad_norm, self.ranks)
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self.config.train.grad_clip:
-            torch._foreach_mul_(grads, (self.config.train.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
+            factor = (self.config.train.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
+            # A pass over all gradients, in vain where the factor is 1; on a GPU, to look would be to wait for it.
+            if self.device.type != "cpu" or bool(factor < 1.0):
+                torch._foreach_mul_(grads, factor)
         self.optimizers.set_scale(scale)
         self.optimizers.step(skip=bad, send=send)
         self.optimizers.zero_grad()

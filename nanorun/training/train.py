@@ -78,6 +78,8 @@ def _train(
     more_follow: bool,
 ) -> dict[str, Any]:
     device = distributed.pick_device(options.device)
+    if device.type == "cpu":
+        machine.keep_memory()
     ranks = distributed.join(device.type)
     if not ranks.leads:
         console = Console(quiet=True)
@@ -138,7 +140,8 @@ def _carry_out(
                     begin_again(run)
                 progress, rows = _open_outputs(run, stack)
                 run.ranks.wait()
-        _loop(run, progress, rows)
+        with machine.nothing_old_collected():
+            _loop(run, progress, rows)
         stack.pop_all().close()
         return _finish(run, more_follow)
 
