@@ -641,7 +641,7 @@ int block(const Block *s) {
 
 /* Tokens whose products are added up in one go in the gradient of a weight, and rows of it that a thread takes at once. */
 #define DEPTH 256
-#define OUTPUTS 48
+#define OUTPUTS 96
 
 /* dw (O, I) = g (N, O) transposed, times x (N, I), and db (O) the sums of g, by all threads; `own` has DEPTH * OUTPUTS. */
 static void weight_gradient(int64_t N, int64_t O, int64_t I, const float *g, const float *x, float *dw, float *db,
