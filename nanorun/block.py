@@ -11,6 +11,7 @@ Shapes: as in nanorun/model.py; N = B·T tokens, M channels inside the MLP.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +44,10 @@ PARAMETERS = (
     ),
 )
 TABLES = ("cos", "sin", "attention_lines", "attention_columns", "proj_lines", "down_lines", "columns")
-KEPT = ("x", "qkv", "y", "log_sum", "middle", "hidden")
+KEPT = ("qkv", "y", "log_sum", "middle", "hidden")
 GRADIENTS = tuple(name.replace("weight", "dweight").replace("bias", "dbias") for name in PARAMETERS)
 BETWEEN = (
-    *("normed_1", "normed_2", "activated", "dhidden", "dmiddle", "dproj", "ddown", "dy", "dqkv", "parts"),
+    *("normed_1", "normed_2", "dmiddle", "dproj", "ddown", "dy", "activated", "dhidden", "dqkv", "parts"),
 )
 
 
@@ -56,7 +57,10 @@ class _Fields(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "T", "C", "H", "M", "layer_norm", "activation", "least")),
         *((name, ctypes.c_float) for name in ("eps", "qk_eps", "scale")),
-        *((name, ctypes.c_void_p) for name in (*PARAMETERS, *TABLES, *KEPT, "out", "packed", "grad", "dx")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (*PARAMETERS, *TABLES, "x", *KEPT, "out", "packed", "grad", "dx")
+        ),
         *((name, ctypes.c_void_p) for name in (*GRADIENTS, *BETWEEN)),
     ]
 
@@ -97,43 +101,54 @@ class FusedBlock(torch.autograd.Function):
         tables: tuple[Tensor | None, ...],
         *parameters: Tensor | None,
     ) -> Tensor:
-        n_rows, n_positions, n_embd = x_BTC.shape
-        up = parameters[PARAMETERS.index("up_weight")]
-        assert up is not None
-        new = x_BTC.new_empty
-        kept = {
-            "x": x_BTC,
-            "qkv": new(n_rows, n_positions, 3 * n_embd),
-            "y": torch.empty_like(x_BTC),
-            "log_sum": new(n_rows, settings.n_head, n_positions),
-            "middle": torch.empty_like(x_BTC),
-            "hidden": new(n_rows, n_positions, up.size(0)),
-        }
-        out = torch.empty_like(x_BTC)
-        given = dict(zip((*PARAMETERS, *TABLES), (*parameters, *tables), strict=True))
-        _call("block", settings, given | kept | {"out": out, "packed": _packed(x_BTC, up.size(0))})
-        ctx.save_for_backward(*kept.values(), *parameters, *tables)
+        # One piece of memory for all that is kept, and one for all that is not: a call costs by the tensor.
+        n_inside = _n_inside(parameters)
+        out, packed = torch.empty_like(x_BTC), _packed(x_BTC, n_inside)
+        kept = x_BTC.new_empty(sum(_kept(x_BTC, settings.n_head, n_inside)))
+        given = (x_BTC, kept, *parameters, *tables)
+        _call("block", settings, given, {"out": out, "packed": packed})
+        ctx.save_for_backward(*given)
         ctx.settings = settings
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor | None, ...]:
-        given = dict(zip((*KEPT, *PARAMETERS, *TABLES), ctx.saved_tensors, strict=True))
-        x_BTC, hidden = given["x"], given["hidden"]
-        n_inside, n_tiles = hidden.size(-1), -(-x_BTC[..., 0].numel() // TILE)
-        dropped = [f"d{name}" for name in ("proj", "down") if given[f"{name}_lines"] is not None]
-        like_x = ("dx", "normed_1", "normed_2", "dmiddle", "dy", *dropped)
-        made = {name: torch.empty_like(x_BTC) for name in like_x}
-        made |= {name: torch.empty_like(hidden) for name in ("activated", "dhidden")}
-        made |= {"dqkv": torch.empty_like(given["qkv"]), "parts": x_BTC.new_empty(n_tiles, 4, x_BTC.size(-1))}
-        made |= {"grad": grad_BTC.contiguous(), "packed": _packed(x_BTC, n_inside)}
-        gradients = {
-            name: None if given[of] is None else torch.empty_like(given[of])
-            for name, of in zip(GRADIENTS, PARAMETERS, strict=True)
-        }
-        _call("block_backward", ctx.settings, given | made | gradients)
-        return made["dx"], None, None, *gradients.values()
+        given = ctx.saved_tensors
+        x_BTC, parameters = given[0], given[2 : 2 + len(PARAMETERS)]
+        dx, grad_BTC, packed = (
+            torch.empty_like(x_BTC),
+            grad_BTC.contiguous(),
+            _packed(x_BTC, _n_inside(parameters)),
+        )
+        between = x_BTC.new_empty(sum(_between(x_BTC, _n_inside(parameters))))
+        gradients = [None if one is None else torch.empty_like(one) for one in parameters]
+        made = {"grad": grad_BTC, "dx": dx, "packed": packed, "between": between}
+        _call("block_backward", ctx.settings, given, made | dict(zip(GRADIENTS, gradients, strict=True)))
+        return dx, None, None, *gradients
+
+
+def _n_inside(parameters: Sequence[Tensor | None]) -> int:
+    """Return the channels inside the MLP, M."""
+    up = parameters[PARAMETERS.index("up_weight")]
+    assert up is not None
+    return up.size(0)
+
+
+def _kept(x_BTC: Tensor, n_head: int, n_inside: int) -> tuple[int, ...]:
+    """Return how many numbers each of KEPT has, in order."""
+    n_rows, n_positions, n_embd = x_BTC.shape
+    n = n_rows * n_positions
+    return 3 * n * n_embd, n * n_embd, n * n_head, n * n_embd, n * n_inside
+
+
+def _between(x_BTC: Tensor, n_inside: int) -> tuple[int, ...]:
+    """Return how many numbers each of BETWEEN has, in order."""
+    n_embd = x_BTC.size(-1)
+    numbers = x_BTC.numel()
+    n = numbers // n_embd
+    of_x = (numbers,) * 6
+    return *of_x, n * n_inside, n * n_inside, 3 * numbers, -(-n // TILE) * 4 * n_embd
 
 
 def _packed(x_BTC: Tensor, n_inside: int) -> Tensor:
@@ -143,14 +158,17 @@ def _packed(x_BTC: Tensor, n_inside: int) -> Tensor:
     return x_BTC.new_empty(4 * wide * wide + 2 * wide * inside)
 
 
-def _call(name: str, settings: Settings, tensors: dict[str, Tensor | None]) -> None:
-    """Call a kernel of struct Block, unless on stand-ins."""
-    x_BTC, hidden = tensors["x"], tensors["hidden"]
+def _call(
+    name: str, settings: Settings, given: Sequence[Tensor | None], made: dict[str, Tensor | None]
+) -> None:
+    """Call a kernel of struct Block, unless on stand-ins; `given` are x, what is kept, PARAMETERS and TABLES."""
+    x_BTC, kept, *rest = given
     assert x_BTC is not None
-    assert hidden is not None
+    assert kept is not None
     if isinstance(x_BTC, FakeTensor):
         return
-    fields = _Fields(*x_BTC.shape, settings.n_head, hidden.size(-1), settings.layer_norm)
+    n_inside = _n_inside(rest)
+    fields = _Fields(*x_BTC.shape, settings.n_head, n_inside, settings.layer_norm)
     fields.activation = ACTIVATIONS.index(settings.activation)
     # Kept is what is drawn from `least` upwards, of all int32.
     fields.least, fields.scale = round(settings.dropout * 2**32) - 2**31, 1 / (1 - settings.dropout)
@@ -158,10 +176,23 @@ def _call(name: str, settings: Settings, tensors: dict[str, Tensor | None]) -> N
         settings.norm_eps,
         -1.0 if settings.qk_norm_eps is None else settings.qk_norm_eps,
     )
-    for field, tensor in tensors.items():
+    fields.x = x_BTC.data_ptr()
+    _place(fields, KEPT, _kept(x_BTC, settings.n_head, n_inside), kept)
+    between = made.pop("between", None)
+    if between is not None:
+        _place(fields, BETWEEN, _between(x_BTC, n_inside), between)
+    for field, tensor in (*zip((*PARAMETERS, *TABLES), rest, strict=True), *made.items()):
         if tensor is not None:
             setattr(fields, field, tensor.data_ptr())
     library = kernels.library()
     assert library is not None
     if getattr(library, name)(ctypes.byref(fields)):
         raise MemoryError("out of memory: a thread's share of a block")
+
+
+def _place(fields: _Fields, names: Sequence[str], numbers: Sequence[int], memory: Tensor) -> None:
+    """Have the fields point to one place of the memory behind the other."""
+    address = memory.data_ptr()
+    for name, n in zip(names, numbers, strict=True):
+        setattr(fields, name, address)
+        address += 4 * n

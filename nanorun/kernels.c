@@ -478,10 +478,10 @@ typedef struct {
     /* those it makes, */
     float *dx, *norm_1_dweight, *norm_1_dbias, *norm_2_dweight, *norm_2_dbias;
     float *qkv_dweight, *qkv_dbias, *proj_dweight, *proj_dbias, *up_dweight, *up_dbias, *down_dweight, *down_dbias;
-    /* and room for what is between: both norms' results, (N, C), the activation's and the gradient of its input, (N, M),
-     * those of the middle, of what both projections made and of attention, (N, C), that of qkv, (N, 3C), and for each
-     * tile of tokens its part of the norms' weights, (tiles, 4C). */
-    float *normed_1, *normed_2, *activated, *dhidden, *dmiddle, *dproj, *ddown, *dy, *dqkv, *parts;
+    /* and room for what is between: both norms' results and the gradients of the middle, of what both projections made
+     * and of attention, (N, C); the activation's result and the gradient of its input, (N, M); that of qkv, (N, 3C); and
+     * for each tile of tokens its part of the norms' weights, (tiles, 4C). */
+    float *normed_1, *normed_2, *dmiddle, *dproj, *ddown, *dy, *activated, *dhidden, *dqkv, *parts;
 } Block;
 
 /* Tokens that a thread takes through a chain of products at once. */

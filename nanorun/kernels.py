@@ -40,6 +40,7 @@ ROW_RANGES = 16
 """Ranges of rows whose sums make the gradient of a norm's weight, however many threads there are."""
 
 
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 _allowed = True
 
 
@@ -117,16 +118,16 @@ def suit(*tensors: Tensor | None) -> bool:
     """Return whether the kernels can take these tensors here and now."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    given = (tensor for tensor in tensors if tensor is not None)
-    plain = all(
-        type(tensor) in (Tensor, nn.Parameter, FakeTensor)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and tensor.is_contiguous()
-        and tensor.numel() > 0
-        for tensor in given
-    )
-    return plain and library() is not None
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN
+            and tensor.dtype is torch.float32
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and tensor.numel()
+        ):
+            return False
+    return library() is not None
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> int:

@@ -205,6 +205,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm_2 = make_norm(config)
         self.mlp = MLP(config)
+        self.parts = self.norm_1, self.norm_2, self.attn.qkv, self.attn.proj, self.mlp.fc, self.mlp.proj
+        self.n_inside = self.mlp.fc.out_features
 
     def forward(
         self,
@@ -215,9 +217,9 @@ class Block(nn.Module):
     ) -> Tensor:
         keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
         attention_keys_B = keys[0] if self.drops_attention else None
-        if self.is_fused(x_BTC, documents):
+        if documents is None and self.suits(x_BTC, parameters := self.in_order()):
             tables = self.tables(x_BTC, rotary_T11D, attention_keys_B, *keys[1:])
-            fused: Tensor = FusedBlock.apply(x_BTC, self.settings, tables, *self.in_order())
+            fused: Tensor = FusedBlock.apply(x_BTC, self.settings, tables, *parameters)
             return fused
         attended_BTC = self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B, documents)
         x_BTC = x_BTC + self.drop(attended_BTC, keys[1])
@@ -225,14 +227,17 @@ class Block(nn.Module):
 
     def is_fused(self, x_BTC: Tensor, documents: Any) -> bool:
         """Return whether one operation does what the block does to this input."""
-        if documents is not None:
-            return False
-        return suits(x_BTC, self.attn.n_head, self.mlp.fc.out_features, *self.in_order())
+        return documents is None and self.suits(x_BTC, self.in_order())
+
+    def suits(self, x_BTC: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+        return suits(x_BTC, self.settings.n_head, self.n_inside, *parameters)
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """Return the parameters in the order of nanorun.block.PARAMETERS."""
-        parts = self.norm_1, self.norm_2, self.attn.qkv, self.attn.proj, self.mlp.fc, self.mlp.proj
-        return tuple(getattr(part, name, None) for part in parts for name in ("weight", "bias"))
+        # Not by attributes, each of which a module looks for in three places: this is asked for in every pass.
+        return tuple(
+            of.get(name) for of in (part._parameters for part in self.parts) for name in ("weight", "bias")
+        )
 
     def tables(
         self,

@@ -72,7 +72,7 @@ def keep_memory() -> None:
 
 @contextmanager
 def nothing_old_collected() -> Iterator[None]:
-    """Leave what exists now out of Python's search for circles, which takes a tenth of a second, until the block ends."""
+    """Leave what exists now out of Python's search for circles, a tenth of a second each, until the block ends."""
     gc.freeze()
     try:
         yield
