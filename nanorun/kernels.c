@@ -503,7 +503,7 @@ static void share(int64_t n, int64_t *from, int64_t *to) {
 /* A matrix (K, N) to multiply by, whose panels of PANEL columns begin `step` apart and have rows of ldb. */
 typedef struct { const float *b; int64_t ldb, step; } Panels;
 
-/* Rows up to so long are read where they lie: longer ones would each be on a page of memory of their own. */
+/* Rows up to so long are read where they lie: of longer ones few share a page of memory. */
 #define SHORT_ROW 512
 
 /* b (K, N) with rows one behind the other, or columns where `turned`, as panels; each thread packs its share into `to`. */

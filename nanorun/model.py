@@ -217,20 +217,14 @@ class Block(nn.Module):
     ) -> Tensor:
         keys = [None if drop_keys_B is None else keys_at(drop_keys_B, place) for place in range(3)]
         attention_keys_B = keys[0] if self.drops_attention else None
-        if documents is None and self.suits(x_BTC, parameters := self.in_order()):
+        parameters = self.in_order()
+        if documents is None and suits(x_BTC, self.settings.n_head, self.n_inside, *parameters):
             tables = self.tables(x_BTC, rotary_T11D, attention_keys_B, *keys[1:])
             fused: Tensor = FusedBlock.apply(x_BTC, self.settings, tables, *parameters)
             return fused
         attended_BTC = self.attn(self.norm_1(x_BTC), rotary_T11D, attention_keys_B, documents)
         x_BTC = x_BTC + self.drop(attended_BTC, keys[1])
         return x_BTC + self.drop(self.mlp(self.norm_2(x_BTC)), keys[2])
-
-    def is_fused(self, x_BTC: Tensor, documents: Any) -> bool:
-        """Return whether one operation does what the block does to this input."""
-        return documents is None and self.suits(x_BTC, self.in_order())
-
-    def suits(self, x_BTC: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
-        return suits(x_BTC, self.settings.n_head, self.n_inside, *parameters)
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """Return the parameters in the order of nanorun.block.PARAMETERS."""
@@ -371,19 +365,25 @@ class GPT(nn.Module):
             x_BTC = dropout(x_BTC, keys_at(drop_keys_B, len(self.blocks)), self.config.dropout)
         keeps_all = self.checkpoint_activations == "none" or not (self.training and torch.is_grad_enabled())
         documents = self.document_mask(idx_BT, not keeps_all) if self.config.document_mask else None
+        fused = not keeps_all and self.is_fused(n_positions)
         for layer, block in enumerate(self.blocks):
             keys_B = keys_at(drop_keys_B, layer) if drops else None
             # What "selective" keeps is all that a fused block ever does.
-            if keeps_all or (self.checkpoint_activations == "selective" and block.is_fused(x_BTC, documents)):
+            if keeps_all or (self.checkpoint_activations == "selective" and fused):
                 x_BTC = block(x_BTC, rotary_T11D, keys_B, documents)
             else:
                 x_BTC = recomputed(self.checkpoint_activations, block, x_BTC, rotary_T11D, keys_B, documents)
         return x_BTC
 
     def is_fused(self, n_positions: int) -> bool:
-        """Return whether each block is one operation where rows have so many positions."""
-        x_BTC = self.wte.weight.new_empty(1, n_positions, self.config.n_embd)
-        return not self.config.document_mask and all(block.is_fused(x_BTC, None) for block in self.blocks)
+        """Return whether each block is one operation where rows have so many positions.
+
+        By the shapes, and the weights' dtype and device: outside a block's own pass FSDP has its weights in parts.
+        """
+        like = {"dtype": self.wte.weight.dtype, "device": self.wte.weight.device}
+        x_BTC = torch.empty(1, n_positions, self.config.n_embd, **like)
+        inside = self.config.mlp_ratio * self.config.n_embd
+        return not self.config.document_mask and suits(x_BTC, self.config.n_head, inside)
 
     def _ngram_keys(self, drop_keys_B: Tensor | None) -> Tensor | None:
         if drop_keys_B is None or not (self.training and self.config.ngram_dropout):

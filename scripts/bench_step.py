@@ -29,7 +29,7 @@ from nanorun.doctor import gemm_gflops
 from nanorun.tracks import load_track
 from nanorun.training import distributed, setup
 from nanorun.training.clock import TrainingClock
-from nanorun.training.machine import deterministic_algorithms
+from nanorun.training.machine import deterministic_algorithms, keep_memory
 from nanorun.training.setup import Options, Run
 from nanorun.training.taking_up import Begun
 
@@ -42,6 +42,8 @@ def make_run(track_name: str, optim: str, settings: list[str], data: Path, folde
     device, ranks = distributed.pick_device("auto"), distributed.Ranks()
     options = Options(runs=Path(folder), data=data)
     run = setup.set_up(config, track, options, Console(quiet=True), TrainingClock(), device, ranks, Begun())
+    if device.type == "cpu":
+        keep_memory()
     run.stepper.warm_up()
     return run
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanorun.training.compilation import KNOWN_CPU, compile_if_it_pays
+from nanorun.training.compilation import FUSED_TO_WIDTH, KNOWN_CPU, compile_if_it_pays
 from nanorun.training.distributed import Ranks
 
 
@@ -52,6 +52,16 @@ def test_fused_blocks_are_left_as_they_are_unless_compiled_code_is_asked_for():
     assert (compiled, stepper.n_compiled) == (False, 0)
     assert line == "eager code: its fused blocks are faster than compiled code"
     assert compile_if_it_pays(stepper, "on", steps=1)[0] is True
+    wider = FakeStepper(0.5, 0.4, fused=True, width=2 * FUSED_TO_WIDTH)
+    assert compile_if_it_pays(wider, "auto", steps=10**6)[0] is True
+
+
+def test_one_rank_without_fused_blocks_has_all_ranks_try_compiled_code(monkeypatch):
+    stepper = FakeStepper(0.5, 0.4, fused=True)
+    monkeypatch.setattr(stepper, "ranks", Ranks())
+    monkeypatch.setattr(Ranks, "any", lambda self, mine: mine or not stepper.compiled)
+    compiled, _ = compile_if_it_pays(stepper, "auto", steps=10**6)
+    assert (compiled, stepper.n_compiled) == (True, 1)
 
 
 def test_code_that_turned_out_slower_is_not_kept_and_the_line_has_both_times():

@@ -58,7 +58,9 @@ def test_what_is_foreseen_is_what_the_allocator_gives_out(tiny_settings, preset,
     assert wanted.update_peak == pytest.approx(found.update_peak, rel=0.15)
     plain, selective, block = (found.passes[way].activations for way in CHEAPEST_FIRST)
     # A fused block keeps no more than selective ever does.
-    assert plain >= selective > block > 0
+    fused = config.train.precision == "auto" and kernels.library() is not None
+    assert (plain == selective) if fused else (plain > selective)
+    assert selective > block > 0
 
 
 def test_the_state_of_every_optimizer_is_foreseen(tiny_settings):

@@ -22,6 +22,8 @@ class Known(NamedTuple):
 
 KNOWN_CPU = (Known(128, 21.0, 0.20), Known(256, 21.0, 0.11), Known(float("inf"), 22.0, 0.06))
 """Of plain operations: three or four layers on two CPU cores, whole steps with Muon (docs/performance.md)."""
+FUSED_TO_WIDTH = 384
+"""Width up to which fused blocks have been measured beside compiled code (docs/performance.md)."""
 
 
 def compile_if_it_pays(
@@ -72,7 +74,9 @@ def _cannot_pay(stepper: Stepper, run_seconds: float) -> str:
     """
     if stepper.device.type != "cpu":
         return ""
-    if stepper.is_fused():
+    # One rank without kernels has all try: what they send each other has to match.
+    fused = not stepper.ranks.any(not stepper.is_fused())
+    if fused and stepper.config.model.n_embd <= FUSED_TO_WIDTH:
         return "eager code: its fused blocks are faster than compiled code"
     known = next(one for one in KNOWN_CPU if stepper.config.model.n_embd <= one.to_width)
     saved = run_seconds * known.saved

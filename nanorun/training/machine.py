@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import os
@@ -20,11 +19,10 @@ import torch
 
 import nanorun
 from nanorun import kernels
+from nanorun.data.freed import give_back_freed_memory, keep_freed_memory
 from nanorun.errors import UserError
 
 MAX_PATCH_BYTES = 2_000_000
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-"""Names of mallopt's parameters in malloc.h."""
 
 
 @functools.cache
@@ -56,18 +54,13 @@ def hardware(device: torch.device, n_ranks: int) -> dict[str, Any]:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed for the next step, in place of giving it back to the system.
+    """Have the C library keep what a step frees for the next one, in place of giving it back to the system.
 
     A step on a CPU frees and takes the same tens of MiB again; given back, each page of them is fetched and zeroed
-    anew (650 to 1,600 page faults in a step of 30 ms, which took up to a fifth longer: docs/performance.md). By
-    mallopt(3), of glibc; elsewhere nothing changes.
+    anew: 650 to 1,600 page faults in a step of 30 ms, which took up to a fifth longer (docs/performance.md).
     """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((_M_TOP_PAD, 2**26), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(parameter, value)
-        if not mallopt(_M_MMAP_THRESHOLD, 2**30):
-            mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that older versions take
+    give_back_freed_memory()
+    keep_freed_memory(largest=2**30, most=2**31 - 1)
 
 
 @contextmanager
@@ -135,6 +128,7 @@ def forget_peak_memory(device: torch.device) -> None:
     """Begin to measure the peak anew, so that what went before a run is not its own; on Linux and CUDA."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    give_back_freed_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

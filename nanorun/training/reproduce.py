@@ -505,9 +505,10 @@ def _run_there(plan: Plan, repository: Path, private: Path, resume: Path | None,
         }
         say(console, f"running in {tree}: nanorun train {shlex.join(words)}")
         code = _wait_for([*command, "--json", "--device", str(plan.device)], private, surroundings)
-    if code == 75:
+    saved = any(private.glob("*/checkpoints/step-*"))
+    if code == 75 and saved:
         raise Stopped("stopped, with a checkpoint saved.")
-    if code == 130:
+    if code in (75, 130):
         raise KeyboardInterrupt
     if code == 2:
         raise UserError("the record's own code refused the run; its reason stands above")

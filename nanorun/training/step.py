@@ -221,7 +221,7 @@ class Stepper:
         """Have the passes run compiled code: of the whole model, or where it is sharded of each block.
 
         Gathering stays outside what is compiled, and all blocks share one graph, so one code has a graph for each
-        length and size of the micro-batches, and for the two of a validation. On CUDA so do the optimizers that can.
+        length and size of the micro-batches, and sharded for the two of a validation. On CUDA so do the optimizers.
         """
         self.optimizers.compile()
         self._met_rows = 0

@@ -9,7 +9,8 @@ import re
 import shutil
 import time
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,17 @@ def _check_holds_nothing(folder: Path) -> None:
             f"{folder} holds no run (no config.toml there), but {shown(own[0])}: choose another --run NAME, or move "
             "that folder away"
         )
+
+
+@contextmanager
+def leaving_no_empty_folder(folder: Path, ranks: Ranks, begun: Begun) -> Iterator[None]:
+    """Remove the folder of a new run that ends before its first step: it holds nothing to resume."""
+    try:
+        yield
+    except BaseException:
+        if ranks.leads and not begun.resumes and not begun.again:
+            remove_new_run(folder)
+        raise
 
 
 def remove_new_run(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import signal
@@ -44,7 +45,7 @@ from nanorun.training.setup import (
     set_up,
 )
 from nanorun.training.step import StepResult
-from nanorun.training.taking_up import METRICS, Begun, begun_before, remove_new_run
+from nanorun.training.taking_up import METRICS, Begun, begun_before, leaving_no_empty_folder
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """The signals that ask a run to save and stop."""
@@ -78,8 +79,6 @@ def _train(
     more_follow: bool,
 ) -> dict[str, Any]:
     device = distributed.pick_device(options.device)
-    if device.type == "cpu":
-        machine.keep_memory()
     ranks = distributed.join(device.type)
     if not ranks.leads:
         console = Console(quiet=True)
@@ -102,6 +101,8 @@ def _train(
         with clock.paused("setup"), naming:
             saved = read_saved(begun, console, ranks)
             run = set_up(config, track, options, console, clock, device, ranks, begun)
+            if device.type == "cpu":
+                machine.keep_memory()  # behind the preparing of data, which sets limits of its own
         if place is None:
             held.enter_context(alone(run.folder, ranks))
         return _carry_out(run, saved, begun, more_follow, watcher)
@@ -118,7 +119,7 @@ def _carry_out(
     told = _naming_what_is_saved(run.folder, run.config, run.ranks, run)
     with _listening(run), told, ExitStack() as stack:
         stack.push(lambda kind, error, trace: run.saver.close() if kind else None)
-        with _leaving_no_empty_folder(run, begun):
+        with leaving_no_empty_folder(run.folder, run.ranks, begun):
             with run.clock.paused("setup"):
                 asked = choose_as_before(run, saved) if saved else choose(run)
             with run.clock.paused("compile"):
@@ -139,6 +140,7 @@ def _carry_out(
                 elif begun.again:
                     begin_again(run)
                 progress, rows = _open_outputs(run, stack)
+                gc.collect()  # what is not collected now never is
                 run.ranks.wait()
         with machine.nothing_old_collected():
             _loop(run, progress, rows)
@@ -164,17 +166,6 @@ def _naming_what_is_saved(
             f"stopped at once{where}. Resume from the newest checkpoint with: "
             f"{resume_command(folder, config, ranks)}"
         ) from None
-
-
-@contextmanager
-def _leaving_no_empty_folder(run: Run, begun: Begun) -> Iterator[None]:
-    """Remove the folder of a new run that ends before its first step: it holds nothing to resume."""
-    try:
-        yield
-    except BaseException:
-        if run.ranks.leads and not begun.resumes and not begun.again:
-            remove_new_run(run.folder)
-        raise
 
 
 def _loop(run: Run, progress: RunProgress, rows: Callable[[dict[str, Any]], None]) -> None:
