@@ -409,7 +409,7 @@ def _print_groups(run: Run) -> None:
     if run.device.type == "cpu" and (why := kernels.why_not()):
         say(
             run.console,
-            f"plain operations, without the kernels that make a step up to 1.5 times as fast: {why}",
+            f"plain operations, without the kernels that make a step up to 1.4 times as fast: {why}",
         )
     table = Table("role", "tensors", "parameters", "optimizer", "lr", box=None, pad_edge=False)
     for row in run.optimizers.table():
