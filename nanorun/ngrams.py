@@ -92,11 +92,5 @@ def ngram_rows(
 
 
 @torch.library.register_fake("nanorun::ngram_rows")
-def _(
-    idx_BT: Tensor,
-    lengths: Sequence[int],
-    n_buckets: int,
-    vocab_size: int,
-    document_token: int | None = None,
-) -> Tensor:
+def _(idx_BT: Tensor, lengths: Sequence[int], *rest: int | None) -> Tensor:
     return idx_BT.new_empty((*idx_BT.shape, len(lengths)))
